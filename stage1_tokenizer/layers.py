@@ -1,0 +1,161 @@
+"""Blocks that both stages are built from: attention, MLP, static token mixing, embeddings.
+
+Choices, each with its reason:
+
+* Position, query and word embeddings start at scale 1. At the usual 0.02 they are some 25 times smaller than the
+  content they are added to, and a small resampler then stays at the mean image for good.
+* Output projections of residual branches start at zero, so that every block is the identity at step 0.
+* Queries and keys are normalised per head (QK-norm, Henry et al. 2020) with a learned gain per head.
+* ReLU^2 (So et al. 2021, "Primer") in the MLP: as good as SwiGLU at equal FLOPs here, and one matrix less.
+* `attend` writes attention as two plain matmuls where autograd runs on a CPU: the backward of fused CPU attention is
+  the largest single cost of a small model (1.7x of a whole step). Everywhere else it is fused.
+* Linear layers of blocks have no bias; their weights are marked for Muon where they are born (`weight.group`).
+
+Letters: B batch, n query tokens, m key tokens, D width, H heads, d = D / H.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MATRIX = "matrix"  # parameter group of 2-D block matrices (Muon)
+DECAY = "decay"  # AdamW with weight decay
+
+
+def mark(parameter: nn.Parameter, group: str) -> nn.Parameter:
+    """Name the optimiser group of a parameter where it is born; an unmarked one gets AdamW without decay."""
+    parameter.group = group  # type: ignore[attr-defined]
+    return parameter
+
+
+def linear(n_in: int, n_out: int, zero: bool = False) -> nn.Linear:
+    """A bias-free matrix of a block, in the Muon group; `zero` starts a residual branch at nothing."""
+    layer = nn.Linear(n_in, n_out, bias=False)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.uniform_(layer.weight, -math.sqrt(3 / n_in), math.sqrt(3 / n_in))  # std 1/sqrt(n_in)
+    mark(layer.weight, MATRIX)
+    return layer
+
+
+def embedding(*shape: int, std: float = 1.0) -> nn.Parameter:
+    """Learned vectors (positions, queries, null tokens) of the given shape at scale `std`."""
+    return nn.Parameter(torch.randn(*shape) * std)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention. q (B,H,n,d), k and v (B,H,m,d), `mask` bool broadcastable to (B,H,n,m), True = visible."""
+    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B,H,n,m)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v  # (B,H,n,d)
+
+
+def causal_mask(n: int, device: torch.device | None = None) -> Tensor:
+    """(n, n) bool, True where token i may see token j <= i."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+class QKNorm(nn.Module):
+    """Per-head RMS normalisation of queries or keys, with one learned gain per head (start 1)."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:]) * self.gain.to(x.dtype)  # (B,H,n,d)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` (B,n,D) to `context` (B,m,D_c), or to itself. Raises ValueError if D % heads."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by heads {heads}; choose heads that divide the width.")
+        self.heads = heads
+        self.q = linear(width, width)
+        self.k = linear(context_width or width, width)
+        self.v = linear(context_width or width, width)
+        self.out = linear(width, width, zero=True)
+        self.q_norm, self.k_norm = QKNorm(heads), QKNorm(heads)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,n,D) -> (B,H,n,d)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q = self.q_norm(self.split(self.q(x)))  # (B,H,n,d)
+        k = self.k_norm(self.split(self.k(context)))  # (B,H,m,d)
+        v = self.split(self.v(context))  # (B,H,m,d)
+        y = attend(q, k, v, mask)  # (B,H,n,d)
+        return self.out(y.transpose(1, 2).flatten(2))  # (B,n,D)
+
+
+class MLP(nn.Module):
+    """Two matrices with ReLU^2 between; hidden width `expansion` x `width`."""
+
+    def __init__(self, width: int, expansion: int = 4):
+        super().__init__()
+        self.up = linear(width, expansion * width)
+        self.down = linear(expansion * width, width, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm with a gain and without a bias."""
+
+    def __init__(self, width: int):
+        super().__init__(width, bias=False)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: self-attention, then cross-attention to `context` if `cross`, then MLP.
+
+    forward(x (B,n,D), context (B,m,D) or None, self_mask, cross_mask) -> (B,n,D). Masks: bool, True = visible.
+    """
+
+    def __init__(self, width: int, heads: int, cross: bool = False, expansion: int = 4):
+        super().__init__()
+        self.self_norm, self.self_attention = LayerNorm(width), Attention(width, heads)
+        self.cross_norm = LayerNorm(width) if cross else None
+        self.cross_attention = Attention(width, heads) if cross else None
+        self.mlp_norm, self.mlp = LayerNorm(width), MLP(width, expansion)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, self_mask: Tensor | None = None, cross_mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.self_attention(self.self_norm(x), mask=self_mask)
+        if self.cross_attention is not None and self.cross_norm is not None:
+            x = x + self.cross_attention(self.cross_norm(x), context, cross_mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class StaticMix(nn.Module):
+    """Input-independent mixing of tokens: (B,m,D) -> (B,n,D) by a learned (n,m) matrix per head.
+
+    Attention must first learn where to look; a fixed map from place to place needs no such discovery and lets a
+    resampler leave the mean image within seconds. Row i of the output may be truncated (`n` <= n_out) without touching
+    the others, so prefixes stay exact.
+    """
+
+    def __init__(self, width: int, n_in: int, n_out: int, heads: int = 8):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by heads {heads}; choose heads that divide the width.")
+        self.heads = heads
+        self.value, self.out = linear(width, width), linear(width, width)
+        self.weight = nn.Parameter(torch.randn(heads, n_out, n_in) * n_in**-0.5)
+
+    def forward(self, x: Tensor, n: int | None = None) -> Tensor:
+        v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,h,m,D/h)
+        mixed = self.weight[:, :n, : x.shape[1]].to(v.dtype) @ v  # (B,h,n,D/h)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # (B,n,D)

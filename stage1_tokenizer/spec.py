@@ -1,0 +1,84 @@
+"""Modules that remember how they were built: class path and plain arguments, for exports and checkpoints.
+
+A config file names classes by path (`class_path`, `init_args`), and so does the `config.json` of an exported folder.
+`Spec` records a constructor's arguments as plain JSON, nested modules as specs of their own; `build` is the inverse.
+Building imports a class by name, so `build` only does it for packages that the caller trusts: a downloaded config
+cannot name anything else.
+"""
+
+import functools
+import importlib
+import inspect
+from typing import Any
+
+from torch import nn
+
+TRUSTED = ("stage1_tokenizer", "stage2_prior")
+
+
+class SpecError(ValueError):
+    """A module description that cannot be recorded or must not be built."""
+
+
+class Spec:
+    """Mixin: `self.spec` is the plain JSON description of this object, taken from its constructor's arguments."""
+
+    spec: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in cls.__dict__:
+            return
+        original = cls.__init__
+
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kw: Any) -> None:
+            if type(self) is cls:  # a subclass records its own arguments, not those that it passes upwards
+                bound = inspect.signature(original).bind(self, *args, **kw)
+                bound.apply_defaults()
+                arguments = {name: plain(value) for name, value in list(bound.arguments.items())[1:]}
+                path = f"{cls.__module__}.{cls.__qualname__}"
+                object.__setattr__(self, "spec", {"class_path": path, "init_args": arguments})
+            original(self, *args, **kw)
+
+        cls.__init__ = init  # type: ignore[method-assign]
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON types, `Spec` objects as their spec. Raises SpecError for anything else."""
+    if isinstance(value, Spec):
+        return value.spec
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise SpecError(f"got a {type(value).__name__} as constructor argument, wanted a number, string or Spec module.")
+
+
+def build(spec: dict[str, Any], trusted: tuple[str, ...] = TRUSTED) -> Any:
+    """The object that `spec` describes. Raises SpecError for a class outside `trusted` packages or unknown arguments."""
+    path = spec.get("class_path", "")
+    module_name, _, name = path.rpartition(".")
+    if module_name.split(".")[0] not in trusted:
+        raise SpecError(
+            f"got class path {path!r}, wanted one in {', '.join(trusted)}; pass trusted=(...) if you trust its package."
+        )
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"got class path {path!r}, which does not exist here ({error}); update the package.") from error
+    if not (isinstance(cls, type) and issubclass(cls, Spec) and issubclass(cls, nn.Module)):
+        raise SpecError(f"got class path {path!r}, wanted a module class that records its arguments.")
+    arguments = {k: build_value(v, trusted) for k, v in spec.get("init_args", {}).items()}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise SpecError(f"got arguments {sorted(arguments)} for {path}: {error}.") from error
+
+
+def build_value(value: Any, trusted: tuple[str, ...]) -> Any:
+    if isinstance(value, dict) and "class_path" in value:
+        return build(value, trusted)
+    return [build_value(v, trusted) for v in value] if isinstance(value, list) else value
