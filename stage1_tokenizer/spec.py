@@ -33,11 +33,11 @@ class Spec:
 
         @functools.wraps(original)
         def init(self: Any, *args: Any, **kw: Any) -> None:
-            if type(self) is cls:  # a subclass records its own arguments, not those that it passes upwards
+            if type(self).__init__ is init:  # a subclass records its own arguments, not those that it passes upwards
                 bound = inspect.signature(original).bind(self, *args, **kw)
                 bound.apply_defaults()
                 arguments = {name: plain(value) for name, value in list(bound.arguments.items())[1:]}
-                path = f"{cls.__module__}.{cls.__qualname__}"
+                path = f"{type(self).__module__}.{type(self).__qualname__}"
                 object.__setattr__(self, "spec", {"class_path": path, "init_args": arguments})
             original(self, *args, **kw)
 
