@@ -1,0 +1,203 @@
+"""Lightning datamodules over image shards and over latent shards.
+
+The order of the training samples is that of `data.order`; the place in it is saved with every checkpoint, as the number
+of samples seen in the epoch, so that a resumed run sees exactly the samples it would have seen, also with other ranks or
+workers. A batch is a dictionary:
+
+    images (B, 3, S, S) float32 in [-1, 1]    or    latents, latents_std (B, K, C) float32
+    captions    list of lists of str, per sample and as stored (scenes: short, medium, long)
+    keys        list of str
+    labels      (B,) int64, -1: none
+    attributes  list of dict, to be read and not written to (scenes: what is in the picture; else empty)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.datasets import ImageSet, LatentSet, ShardDataset
+from data.order import BatchOrder
+from data.schema import SPLITS, DataError, read_manifest
+from data.shards import shard_paths
+
+
+class ShardDataModule(LightningDataModule):
+    """What image and latent shards share: splits, loaders, and the place in the epoch.
+
+    Args:
+        data_dir: a directory that `python -m data prepare` or `python -m stage1_tokenizer predict` has written.
+        batch_size: training samples per rank and step.
+        val_batch_size: of validation, test and predict; None: as `batch_size`.
+        num_workers: processes per loader; 0 reads in the training process, which is right for sets held in memory.
+        seed: of the order.
+        in_memory: hold the decoded samples; None: where they fit into 2 GB.
+        drop_last: leave out the last training samples of an epoch where they do not fill a batch.
+        predict_split: the split that `predict` goes over.
+    """
+
+    kind: str
+
+    def __init__(
+        self,
+        data_dir: str,
+        batch_size: int = 64,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        in_memory: bool | None = None,
+        drop_last: bool = False,
+        predict_split: str = "val",
+    ) -> None:
+        super().__init__()
+        if predict_split not in SPLITS:
+            raise DataError(f"predict_split is {predict_split!r}, wanted one of {', '.join(SPLITS)}")
+        if num_workers < 0:
+            raise DataError(f"num_workers is {num_workers}, wanted 0 or more")
+        self.data_dir = data_dir
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
+        self.num_workers, self.seed, self.in_memory, self.drop_last = num_workers, seed, in_memory, drop_last
+        self.predict_split = predict_split
+        self._sets: dict[str, ShardDataset] = {}
+        self._order: BatchOrder | None = None
+        self._resume: dict[str, int] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check the directory. The splits themselves are opened when a loader first asks for them."""
+        self.manifest()
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest of the directory. Raises DataError where it is missing or of another kind."""
+        manifest = read_manifest(self.data_dir)
+        if manifest["kind"] != self.kind:
+            raise DataError(f"{self.data_dir} holds {manifest['kind']}, wanted {self.kind}; check data_dir")
+        return manifest
+
+    def open_split(self, split: str, paths: list[Path]) -> ShardDataset:
+        """Return the dataset of a split."""
+        raise NotImplementedError
+
+    def split(self, split: str) -> ShardDataset:
+        """Return the dataset of "train" or "val", opened once.
+
+        Raises:
+            DataError: another name, or no shards.
+        """
+        if split not in SPLITS:
+            raise DataError(f"split {split!r} is unknown, choose one of {', '.join(SPLITS)}")
+        if split not in self._sets:
+            self.manifest()
+            self._sets[split] = self.open_split(split, shard_paths(Path(self.data_dir), split))
+        return self._sets[split]
+
+    def captions(self, split: str) -> Iterator[list[str]]:
+        """Yield the captions of every sample of a split, in stored order, without decoding pictures."""
+        yield from self.split(split).captions()
+
+    def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
+        """Return a whole split, or its first `limit` samples, as one batch."""
+        return self.split(split).first(limit)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches, from the place of a resumed checkpoint on."""
+        self._order = self._make_order("train", self.batch_size, shuffle=True, drop_last=self.drop_last)
+        if self._resume is not None:
+            self._order.set_start(**self._resume)
+        return self._loader("train", self._order)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """The val split in stored order."""
+        return self._loader("val", self._make_order("val", self.val_batch_size))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The val split: what a report is made of."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """`predict_split` in stored order."""
+        return self._loader(self.predict_split, self._make_order(self.predict_split, self.val_batch_size))
+
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+        """Move the tensors; texts and attributes are not walked through."""
+        return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the place in the order: epoch, steps of it, and samples of it that all ranks have seen."""
+        if self.trainer is None or self._order is None:
+            return {}
+        # `processed` and not `completed`: the latter is one behind while the callbacks of a step run.
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {"epoch": self._order.epoch, "batches": batches, "samples": self._order.samples_after(batches)}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Remember the place; it takes effect when the training loader is made."""
+        self._resume = {name: int(state_dict[name]) for name in ("epoch", "batches", "samples")}
+
+    def _make_order(self, split: str, batch_size: int, shuffle: bool = False, drop_last: bool = False) -> BatchOrder:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return BatchOrder(len(self.split(split)), batch_size, self.seed, shuffle, rank, world, drop_last)
+
+    def _loader(self, split: str, order: BatchOrder) -> DataLoader[Any]:
+        return DataLoader(
+            self.split(split),
+            batch_size=None,  # the order yields whole batches
+            sampler=order,
+            num_workers=self.num_workers,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class ImageDataModule(ShardDataModule):
+    """Image shards; see `ShardDataModule` for the other arguments.
+
+    Args:
+        image_size: side S of the batches; stored pictures of another size are centre-cropped and resized.
+        flip: probability of mirroring a training picture; leave it 0 where captions say left and right.
+    """
+
+    kind = "images"
+
+    def __init__(
+        self,
+        data_dir: str,
+        batch_size: int = 64,
+        val_batch_size: int | None = None,
+        image_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        in_memory: bool | None = None,
+        drop_last: bool = False,
+        predict_split: str = "val",
+        flip: float = 0.0,
+    ) -> None:
+        super().__init__(data_dir, batch_size, val_batch_size, num_workers, seed, in_memory, drop_last, predict_split)
+        if not 0.0 <= flip <= 1.0:
+            raise DataError(f"flip is {flip}, it is a probability from 0 to 1")
+        self.image_size, self.flip = image_size, flip
+
+    def open_split(self, split: str, paths: list[Path]) -> ShardDataset:
+        """Return the pictures of a split; only training pictures are mirrored."""
+        return ImageSet(paths, self.image_size, self.in_memory, self.flip if split == "train" else 0.0, self.seed)
+
+
+class LatentDataModule(ShardDataModule):
+    """Latent shards, as `python -m stage1_tokenizer predict` writes them; see `ShardDataModule` for the arguments."""
+
+    kind = "latents"
+
+    @property
+    def latent_info(self) -> dict[str, Any]:
+        """`num_latents` K, `latent_dim` C and `tokenizer_fingerprint` of the tokenizer that wrote the shards."""
+        info: dict[str, Any] = self.manifest()["latents"]
+        return info
+
+    def open_split(self, split: str, paths: list[Path]) -> ShardDataset:
+        """Return the latents of a split."""
+        return LatentSet(paths, self.in_memory)

@@ -1,0 +1,194 @@
+"""Samples of shards as batches: image sets and latent sets, held in memory where they fit, else read on demand.
+
+A dataset takes a whole `Batch` and returns a whole batch. In memory the pictures are one uint8 tensor and a batch is
+one gather. On demand every member is one `pread` and one decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.order import Batch
+from data.pictures import PictureError, decode
+from data.resize import resize
+from data.schema import IMAGE_MEMBERS, LATENT_MEMBER, DataError
+from data.shards import ShardReader
+from data.transforms import flip_some, to_unit_range
+
+MEMORY_LIMIT = 2_000_000_000  # bytes of decoded samples that are held in memory without being asked
+
+
+class ShardDataset(Dataset[dict[str, Any]]):
+    """The samples of some shards; the two kinds below say what a sample's tensors are.
+
+    Args:
+        paths: the shards, in order.
+        in_memory: hold every sample decoded; None: where they fit into `MEMORY_LIMIT`.
+    """
+
+    def __init__(self, paths: list[Path], in_memory: bool | None) -> None:
+        self.reader = ShardReader(paths)
+        self._held: dict[str, Any] | None = None
+        if in_memory is None:
+            in_memory = len(self.reader) * self.sample_bytes() <= MEMORY_LIMIT
+        if in_memory:
+            self._held = self.load(range(len(self.reader)))
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def sample_bytes(self) -> int:
+        """Return the size of one decoded sample, in bytes."""
+        raise NotImplementedError
+
+    def tensors_of(self, sample: int) -> dict[str, Tensor]:
+        """Return the decoded tensors of one sample, by field name."""
+        raise NotImplementedError
+
+    def finish(self, batch: dict[str, Any], plan: Batch | None) -> dict[str, Any]:
+        """Turn stored tensors into those of the contract; `plan` is None outside training."""
+        return batch
+
+    def load(self, samples: Iterable[int]) -> dict[str, Any]:
+        """Return the stored fields of `samples`, stacked, decoded by several threads.
+
+        Raises:
+            DataError: a sample does not decode; the sentence names it.
+        """
+        chosen = list(samples)
+        fields: dict[str, Any] = {"captions": [], "keys": [], "attributes": []}
+        labels = torch.full((len(chosen),), -1)
+        for i, sample in enumerate(chosen):
+            record = self.reader.read_json(sample)
+            fields["keys"].append(self.reader.key(sample))
+            fields["captions"].append(self.reader.captions(sample, record))
+            fields["attributes"].append(record.get("attributes") or {})
+            labels[i] = label_of(self.reader, sample, record)
+        fields["labels"] = labels
+        if not chosen:
+            raise DataError("no samples to load; the split is empty or the limit is 0")
+        stacked = {n: t.new_empty((len(chosen), *t.shape)) for n, t in self.tensors_of(chosen[0]).items()}
+
+        def place(i: int) -> None:
+            for name, tensor in self.tensors_of(chosen[i]).items():
+                stacked[name][i] = tensor
+
+        run_all(place, len(chosen))
+        return {**fields, **stacked}
+
+    def captions(self) -> Iterator[list[str]]:
+        """Yield the captions of every sample, in stored order, without decoding a picture."""
+        if self._held is not None:
+            yield from self._held["captions"]
+            return
+        for sample in range(len(self.reader)):
+            yield self.reader.captions(sample)
+
+    def first(self, limit: int | None) -> dict[str, Any]:
+        """Return the first `limit` samples (None: all) as one batch."""
+        count = len(self) if limit is None else min(limit, len(self))
+        return self.finish(self._stored(list(range(count))), None)
+
+    def __getitem__(self, plan: Batch) -> dict[str, Any]:
+        return self.finish(self._stored(list(plan.samples)), plan)
+
+    def _stored(self, samples: list[int]) -> dict[str, Any]:
+        held = self._held
+        if held is None:
+            return self.load(samples)
+        rows = torch.tensor(samples)
+        return {n: v[rows] if isinstance(v, Tensor) else [v[i] for i in samples] for n, v in held.items()}
+
+
+class ImageSet(ShardDataset):
+    """Pictures as `images` (B, 3, S, S) float32 in [-1, 1].
+
+    Args:
+        paths: the shards.
+        image_size: S; stored pictures of another size are centre-cropped and resized.
+        in_memory: see `ShardDataset`.
+        flip: probability of mirroring a picture, drawn anew in every epoch.
+        seed: of the mirroring.
+    """
+
+    def __init__(self, paths: list[Path], image_size: int, in_memory: bool | None, flip: float = 0.0, seed: int = 0) -> None:
+        self.image_size, self.flip, self.seed = image_size, flip, seed
+        super().__init__(paths, in_memory)
+
+    def sample_bytes(self) -> int:
+        return 3 * self.image_size**2
+
+    def tensors_of(self, sample: int) -> dict[str, Tensor]:
+        names = self.reader.member_names(sample)
+        member = next((name for name in IMAGE_MEMBERS if name in names), None)
+        if member is None:
+            raise DataError(f"sample {self.reader.key(sample)} has members {names}, wanted one of {', '.join(IMAGE_MEMBERS)}")
+        try:
+            picture = decode(self.reader.read(sample, member) or b"")
+        except PictureError as error:
+            raise DataError(f"sample {self.reader.key(sample)}: {error}; run: python -m data verify") from error
+        pixels = np.array(resize(picture, self.image_size, "center_crop"))                   # (S, S, 3)
+        return {"images": torch.from_numpy(pixels).permute(2, 0, 1)}                         # (3, S, S)
+
+    def finish(self, batch: dict[str, Any], plan: Batch | None) -> dict[str, Any]:
+        images = to_unit_range(batch["images"])                                              # (B, 3, S, S)
+        if self.flip and plan is not None:
+            # One stream per global position, so that ranks and restarts mirror the same pictures.
+            generator = torch.Generator()
+            for i, sample in enumerate(plan.samples):
+                generator.manual_seed(hash((self.seed, plan.epoch, sample)))
+                images[i : i + 1] = flip_some(images[i : i + 1], self.flip, generator)
+        return {**batch, "images": images}
+
+
+class LatentSet(ShardDataset):
+    """Latents as `latents` (posterior mean) and `latents_std`, both (B, K, C) float32."""
+
+    def sample_bytes(self) -> int:
+        return sum(t.numel() * 4 for t in self.tensors_of(0).values())
+
+    def tensors_of(self, sample: int) -> dict[str, Tensor]:
+        content = self.reader.read(sample, LATENT_MEMBER)
+        if content is None:
+            raise DataError(
+                f"sample {self.reader.key(sample)} has members {self.reader.member_names(sample)}, wanted {LATENT_MEMBER}; "
+                "latent shards are written by: python -m stage1_tokenizer predict"
+            )
+        try:
+            tensors = safetensors.torch.load(content)
+            return {"latents": tensors["mean"].float(), "latents_std": tensors["std"].float()}
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"sample {self.reader.key(sample)} has no readable mean and std ({error})") from error
+
+
+def label_of(reader: ShardReader, sample: int, record: dict[str, Any]) -> int:
+    """Return the class of a sample from its json or its `.cls`, -1 where it has none."""
+    label = record.get("label")
+    if label is None:
+        text = reader.read(sample, "cls")
+        label = text.decode("ascii", "replace").strip() if text else None
+    try:
+        return int(label) if label is not None else -1
+    except (TypeError, ValueError):
+        return -1
+
+
+def run_all(work: Callable[[int], None], count: int) -> None:
+    """Call work(0) ... work(count - 1), by threads where it is worth it: PIL and pread release the interpreter lock."""
+    if count < 512:
+        for i in range(count):
+            work(i)
+        return
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(work, range(count), chunksize=64):
+            pass

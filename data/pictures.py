@@ -1,0 +1,93 @@
+"""Encoded bytes to RGB pixels and back: the only place that opens a picture.
+
+Only JPEG, PNG and WebP are opened when shards are read; `prepare` opens a few more formats (see `SOURCE_FORMATS`).
+Policies, in this order: the size in the header is checked before anything is decoded, the EXIF orientation is applied,
+transparency is laid over white, palettes, greys and CMYK become RGB, an animation gives its first frame.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data.schema import DataError
+
+READ_FORMATS = ("JPEG", "PNG", "WEBP")
+SOURCE_FORMATS = (*READ_FORMATS, "GIF", "BMP", "TIFF", "PPM")
+MAX_PIXELS = 64_000_000  # a header that claims more is refused before a byte is decoded
+MEMBER_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_ORIENTATION = 0x0112
+
+
+class PictureError(DataError):
+    """A picture that cannot be used; `reason` is one word of the drop counts."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def open_picture(data: bytes, formats: tuple[str, ...] = READ_FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the picture in `data` with its header read and nothing decoded yet.
+
+    Raises:
+        PictureError: reason "empty", "unreadable" or "too many pixels".
+    """
+    if not data:
+        raise PictureError("empty", "the picture has zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns where this raises, a few lines on
+            picture = Image.open(io.BytesIO(data), formats=formats)
+    except Exception as error:  # PIL raises many kinds on hostile bytes; all mean the same here
+        raise PictureError("unreadable", f"not one of {', '.join(formats)}: {_short(error)}") from error
+    if picture.width * picture.height > max_pixels:
+        raise PictureError("too many pixels", f"{picture.width} x {picture.height} is over {max_pixels} pixels")
+    return picture
+
+
+def decode(data: bytes, formats: tuple[str, ...] = READ_FORMATS, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return `data` as an upright RGB picture (mode "RGB"). Raises PictureError."""
+    picture = open_picture(data, formats, max_pixels)
+    try:
+        return to_rgb(picture)
+    except Exception as error:
+        raise PictureError("unreadable", f"the picture does not decode: {_short(error)}") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Return the first frame upright, opaque (over white) and in RGB."""
+    picture.load()
+    if picture.getexif().get(_ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: PIL would clip, not scale
+        values = np.asarray(picture, np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        return Image.fromarray(np.clip(values * (255.0 / top), 0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def encode(picture: Image.Image, member: str, quality: int) -> bytes:
+    """Return the bytes of `picture` as `member`: "jpg" or "webp" at `quality` (1 to 100), or "png" (lossless)."""
+    buffer = io.BytesIO()
+    if member == "jpg":
+        picture.save(buffer, "JPEG", quality=quality)
+    elif member == "webp":
+        picture.save(buffer, "WEBP", quality=quality)
+    elif member == "png":
+        picture.save(buffer, "PNG", compress_level=4)
+    else:
+        raise DataError(f"pictures are written as jpg, png or webp, not {member!r}")
+    return buffer.getvalue()
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:160]

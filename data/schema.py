@@ -1,0 +1,142 @@
+"""The contract of the shards: what a sample is, which members a tar may hold, how keys and splits are formed.
+
+A data directory holds `{train,val}/NNNNN.tar` in the layout img2dataset writes. Each sample is three members that
+share a key, written side by side:
+
+    KEY.jpg|png|webp   the picture
+    KEY.txt            the first caption, UTF-8
+    KEY.json           key, caption, captions (all of them), width, height, label, label_name, attributes, ...
+
+Latent shards replace the picture by `KEY.safetensors` with the tensors `mean` and `std`, both (K, C) float32.
+Beside the shards: `manifest.json` (everything known about the set), `sizes.json` in every split (samples per shard, as
+open_clip reads) and `dropped.jsonl` (key, reason and detail of every sample that was left out).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "val")
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+LATENT_MEMBER = "safetensors"
+# Only these member kinds are ever decoded. Anything else in a tar (pickles, code, arrays) is left as bytes.
+DECODED_MEMBERS = (*IMAGE_MEMBERS, LATENT_MEMBER, "txt", "json", "cls")
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
+
+
+class DataError(ValueError):
+    """A sentence for the user: what was found, what was wanted, what to do."""
+
+
+@dataclass
+class Sample:
+    """One picture with its captions, as a source gives it: encoded bytes, or pixels when nothing was encoded yet."""
+
+    key: str
+    captions: list[str]
+    image: bytes | None = None
+    pixels: np.ndarray | None = None  # (H, W, 3) uint8
+    label: int = -1
+    label_name: str | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    split: str | None = None  # None: by hash of the key
+    metadata: dict[str, Any] = field(default_factory=dict)  # further columns, kept in the json
+
+
+@dataclass
+class Drop:
+    """A sample that was left out, and why. `reason` is one of a few words that are counted; `detail` is free text."""
+
+    key: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Items [start, stop) of a source that share a split; `split` None means: by hash of each key."""
+
+    start: int
+    stop: int
+    split: str | None = None
+
+
+class Source(Protocol):
+    """An indexed iterator of samples. Reading a range twice gives the same samples, so that shards are independent."""
+
+    def stretches(self) -> list[Stretch]:
+        """The items in order, cut where the split changes."""
+
+    def read(self, start: int, stop: int) -> Iterator[Sample | Drop]:
+        """The samples of items [start, stop); unreadable ones as `Drop`."""
+
+    def fingerprint(self) -> str:
+        """A short string that differs when the source differs (paths, sizes, options)."""
+
+
+def clean_key(name: str) -> str:
+    """Return `name` reduced to `[A-Za-z0-9_-]`, so that a reader that splits at the first dot gets the whole key.
+
+    A name that loses characters gets a short hash of the original, so that two names never meet in one key.
+    """
+    clean = _UNSAFE.sub("_", name).strip("_")[:120]
+    if clean == name and clean:
+        return clean
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{clean}_{digest}" if clean else digest
+
+
+def split_of(key: str, val_fraction: float) -> str:
+    """Return "val" for a `val_fraction` of all keys, "train" for the others: a pure function of the key."""
+    position = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    return "val" if position < val_fraction else "train"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` so that `path` either holds all of it or what it held before, also across a crash."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write, sync and rename into place; `path` never holds a part of `content`."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return `manifest.json` of a prepared directory.
+
+    Raises:
+        DataError: the directory is missing, not prepared, or written by another schema version.
+    """
+    directory = Path(data_dir)
+    path = directory / "manifest.json"
+    if not directory.is_dir():
+        raise DataError(f"no data directory at {directory}; write one with: python -m data prepare --out {directory}")
+    if not path.is_file():
+        raise DataError(
+            f"{directory} has no manifest.json, so it is not (or not yet completely) prepared; "
+            f"run `python -m data prepare --out {directory} ...` until it ends"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); delete it and run prepare again") from error
+    if manifest.get("schema") != SCHEMA_VERSION:
+        raise DataError(f"{path} has schema {manifest.get('schema')!r}, this program reads {SCHEMA_VERSION}; prepare again")
+    return manifest

@@ -1,0 +1,222 @@
+"""Shards on disk: write a tar atomically, index its members, read any of them by offset.
+
+A tar is appended sample by sample under a temporary name, synced, and renamed: under its final name it is complete.
+Headers carry no time and no user, so that equal samples give equal bytes. A reader finds every member's offset by
+walking the headers once (512 bytes per member), and then reads a member with one `pread`, in any order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.schema import DataError
+
+_BLOCK = 512
+_RECORD = 20 * _BLOCK  # tar pads its files to whole records
+
+
+class ShardWriter:
+    """Write one tar. `with ShardWriter(path) as shard: shard.write(key, {"jpg": ..., "txt": ..., "json": ...})`.
+
+    The file appears at `path` when the block ends without an error, complete and synced. A shard without samples is not
+    written at all. Afterwards `count`, `bytes` and `sha256` describe it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self.bytes = 0
+        self.sha256 = ""
+        self._keys: set[str] = set()
+        self._part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        self._hash = hashlib.sha256()
+        self._file: Any = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def write(self, key: str, members: dict[str, bytes]) -> None:
+        """Append the members of one sample side by side. A key may come once, since readers group members by key."""
+        assert key not in self._keys, f"key {key} comes twice in {self.path}"
+        self._keys.add(key)
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._part, "wb")
+        for member, content in members.items():
+            info = tarfile.TarInfo(f"{key}.{member}")
+            info.size, info.mode = len(content), 0o644
+            self._append(info.tobuf(tarfile.USTAR_FORMAT))
+            self._append(content)
+            self._append(b"\0" * (-len(content) % _BLOCK))
+        self.count += 1
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._file is None:
+            return
+        if kind is not None:
+            self._file.close()
+            self._part.unlink(missing_ok=True)
+            return
+        self._append(b"\0" * (2 * _BLOCK))  # the end of the archive
+        self._append(b"\0" * (-self.bytes % _RECORD))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._part, self.path)
+        self.sha256 = self._hash.hexdigest()
+
+    def _append(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self.bytes += len(content)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a member's bytes lie in its tar."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a shard: its key and its members by extension (lower case)."""
+
+    key: str
+    members: dict[str, Place]
+
+
+def index_tar(path: Path) -> list[Entry]:
+    """Return the samples of a tar, in order.
+
+    Raises:
+        DataError: the tar is truncated or not a tar, or a key comes back after another one's members.
+    """
+    entries: list[Entry] = []
+    seen: set[str] = set()
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                if not info.isfile():
+                    continue
+                if info.offset_data + info.size > size:
+                    raise DataError(f"{path} is truncated inside member {info.name}; write or fetch it again")
+                key, member = split_member(info.name)
+                place = Place(info.offset_data, info.size)
+                if entries and entries[-1].key == key:
+                    if member in entries[-1].members:
+                        raise DataError(f"{path} holds {info.name} twice; write it again")
+                    entries[-1].members[member] = place
+                    continue
+                if key in seen:
+                    raise DataError(f"{path} holds the members of key {key} in two places; write it again")
+                seen.add(key)
+                entries.append(Entry(key, {member: place}))
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{path} is not a readable tar ({error}); write or fetch it again") from error
+    return entries
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """Return (key, extension) of a member's name, cut at the first dot of its last part, as WebDataset does."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+class ShardReader:
+    """The samples of several shards under one running number, read by offset; safe to use from many threads.
+
+    Files are opened on first use in every process, so that a reader may be sent to workers.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self.entries: list[tuple[int, Entry]] = []
+        for number, path in enumerate(paths):
+            self.entries += [(number, entry) for entry in index_tar(path)]
+        self._files: dict[int, int] = {}
+        self._process = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def key(self, sample: int) -> str:
+        """Return the key of a sample."""
+        return self.entries[sample][1].key
+
+    def member_names(self, sample: int) -> list[str]:
+        """Return the extensions that a sample has."""
+        return list(self.entries[sample][1].members)
+
+    def read(self, sample: int, member: str) -> bytes | None:
+        """Return the bytes of a member, or None where the sample has no such member.
+
+        Raises:
+            DataError: the shard became shorter than its index says.
+        """
+        number, entry = self.entries[sample]
+        place = entry.members.get(member)
+        if place is None:
+            return None
+        content = os.pread(self._file(number), place.size, place.offset)
+        if len(content) != place.size:
+            raise DataError(f"{self.paths[number]} ends inside {entry.key}.{member}; it changed while it was read")
+        return content
+
+    def read_json(self, sample: int) -> dict[str, Any]:
+        """Return the sample's json, or {} where it has none.
+
+        Raises:
+            DataError: the json does not parse.
+        """
+        content = self.read(sample, "json")
+        if content is None:
+            return {}
+        try:
+            parsed = json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{self.key(sample)}.json is not valid JSON ({error}); run: python -m data verify") from error
+        return parsed if isinstance(parsed, dict) else {}
+
+    def captions(self, sample: int, record: dict[str, Any] | None = None) -> list[str]:
+        """Return all captions: those of the json, else the json's one caption, else the txt, else none."""
+        record = self.read_json(sample) if record is None else record
+        if record.get("captions"):
+            return [str(caption) for caption in record["captions"]]
+        if record.get("caption"):
+            return [str(record["caption"])]
+        text = self.read(sample, "txt")
+        return [text.decode("utf-8", "replace")] if text else []
+
+    def _file(self, number: int) -> int:
+        if self._process != os.getpid():  # inherited through a fork: the parent keeps its own descriptors
+            self._files, self._process = {}, os.getpid()
+        if number not in self._files:
+            self._files[number] = os.open(self.paths[number], os.O_RDONLY)
+        return self._files[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+
+def shard_paths(data_dir: Path, split: str) -> list[Path]:
+    """Return the shards of a split in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    paths = sorted((data_dir / split).glob("*.tar"))
+    if not paths:
+        raise DataError(f"no .tar in {data_dir / split}; prepare it with: python -m data prepare --out {data_dir}")
+    return paths
+
+
