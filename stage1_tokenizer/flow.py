@@ -1,0 +1,83 @@
+"""The linear path between data and noise: the algebra that flow heads and flow decoders share.
+
+Time runs from t = 0 (data) to t = 1 (noise):  x_t = (1 - t) x + t noise,  v = dx_t/dt = noise - x
+(Liu et al. 2022, "Flow straight and fast", eq. 1; Lipman et al. 2023, eq. 22, with time reversed).
+Along that path x, noise and v say the same thing: any of them gives the other two from x_t and t, so a network may
+emit whichever it finds easiest. Two of the conversions have a pole, v from x at t = 0 and v from noise at t = 1; there
+the denominator is held at `floor`, which bounds the error of a network that is not exact.
+
+Everything here is a pure function in the dtype of its arguments; callers hold the path and the solver in float32,
+because bfloat16 keeps only 3 digits of t. `t` broadcasts: pass (M, 1) against (M, C), (B, 1, 1, 1) against images.
+"""
+
+import torch
+from torch import Tensor
+
+T_FLOOR = 0.02  # smallest denominator of a conversion with a pole; 1 / 0.02 = 50 bounds how an error is blown up
+
+
+def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """The point x_t = (1 - t) x + t noise; at t = 0 the data, at t = 1 the noise."""
+    return (1 - t) * x + t * noise
+
+
+def velocity(x: Tensor, noise: Tensor) -> Tensor:
+    """v = noise - x: the direction in which x_t moves as t grows, constant along the path."""
+    return noise - x
+
+
+def x_from_v(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
+    """The data end of the path through x_t with velocity v: x = x_t - t v."""
+    return x_t - t * v
+
+
+def noise_from_v(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
+    """The noise end of the path through x_t with velocity v: noise = x_t + (1 - t) v."""
+    return x_t + (1 - t) * v
+
+
+def v_from_x(x_t: Tensor, x: Tensor, t: Tensor | float, floor: float = T_FLOOR) -> Tensor:
+    """v = (x_t - x) / t, with the denominator held at `floor` or above."""
+    return (x_t - x) / _at_least(t, floor)
+
+
+def v_from_noise(x_t: Tensor, noise: Tensor, t: Tensor | float, floor: float = T_FLOOR) -> Tensor:
+    """v = (noise - x_t) / (1 - t), with the denominator held at `floor` or above."""
+    return (noise - x_t) / _at_least(1 - t, floor)
+
+
+def score_from_v(x_t: Tensor, v: Tensor, t: Tensor | float, floor: float = T_FLOOR) -> Tensor:
+    """grad log p_t(x_t) = -noise / t: the same network call that gave v gives the drift of a stochastic sampler too."""
+    return -noise_from_v(x_t, v, t) / _at_least(t, floor)
+
+
+def _at_least(value: Tensor | float, floor: float) -> Tensor | float:
+    return value.clamp(min=floor) if isinstance(value, Tensor) else max(value, floor)
+
+
+def stratified_uniform(rows: int, draws: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(draws, rows) numbers in (0, 1): each row's draws fall one into each of `draws` equal strata.
+
+    Every single draw is uniform once the strata are shuffled away by the average, and the average over a row's draws
+    has less variance than independent ones (k-diffusion's stratified sampling, here within one latent).
+    """
+    u = torch.rand(draws, rows, generator=generator, device=device)
+    stratum = torch.arange(draws, device=device, dtype=u.dtype).unsqueeze(1)
+    return ((stratum + u) / draws).clamp(1e-6, 1 - 1e-6)
+
+
+def logit_normal_times(
+    rows: int,
+    draws: int,
+    *,
+    device: torch.device,
+    mean: float = 0.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(draws, rows) times in (0, 1) with logit(t) ~ N(mean, std^2), stratified over the draws of one row.
+
+    A larger `mean` moves training towards noise (Esser et al. 2024, section 3.1; there called rf/lognorm).
+    """
+    u = stratified_uniform(rows, draws, generator, device)
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))

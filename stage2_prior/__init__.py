@@ -1,0 +1,5 @@
+"""Stage 2: a prior over lines of continuous latents, conditioned on captions."""
+
+from stage2_prior.prior import CausalPrior, Prior
+
+__all__ = ["CausalPrior", "Prior"]

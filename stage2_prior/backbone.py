@@ -1,0 +1,151 @@
+"""The transformer of the priors: tokens in, condition rows out, with a mask and a cache that the caller can see.
+
+Pre-norm blocks, queries and keys normalised per head, no biases, output projections at zero (stage1_tokenizer.layers
+says why). Two members:
+
+* `Backbone`: learned positions at scale 0.7 added to the tokens, ReLU^2. The default at small scale.
+* `RotaryBackbone`: rotary positions (Su et al. 2021) in every block, RMSNorm, SwiGLU (Shazeer 2020): the usual
+  ingredients of large models.
+
+One `forward` serves training and sampling. Without a cache it sees the tokens that it is given. With one, the new
+tokens' keys and values are written behind those already there and attention covers all of them, so that asking token by
+token gives what asking at once gives; a test holds the two together. Buffers of a cache are allocated once, at full
+length, and are never grown.
+
+Letters: B batch, n new tokens, m tokens visible in all, D width, H heads, d = D / H.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage1_tokenizer.layers import MLP, Attention, LayerNorm, attend, embedding, linear
+from stage1_tokenizer.spec import Spec
+
+POSITION_STD = 0.7
+
+
+@dataclass
+class Cache:
+    """Keys and values of every block, (B, H, capacity, d) each; the first `length` tokens are filled."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+    def keep_rows(self, rows: int) -> "Cache":
+        """The same cache for the first `rows` of the batch."""
+        return Cache([k[:rows] for k in self.keys], [v[:rows] for v in self.values], self.length)
+
+
+class SwiGLU(nn.Module):
+    """silu(gate x) * up x, then down; hidden width 8/3 of the width, so that it costs what ReLU^2 at 4 does."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = 8 * (width // 3)
+        self.gate, self.up, self.down = linear(width, hidden), linear(width, hidden), linear(hidden, width, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class CachedBlock(nn.Module):
+    """Self-attention and MLP, each added to the stream; norms and MLP are handed in."""
+
+    def __init__(self, width: int, heads: int, norms: tuple[nn.Module, nn.Module], mlp: nn.Module):
+        super().__init__()
+        self.attention_norm, self.mlp_norm = norms
+        self.attention, self.mlp = Attention(width, heads), mlp
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, turn: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        a, h = self.attention, self.attention_norm(x)
+        q, k, v = a.q_norm(a.split(a.q(h))), a.k_norm(a.split(a.k(h))), a.split(a.v(h))  # (B,H,n,d)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if cache is not None:
+            start, end = cache.length, cache.length + x.shape[1]
+            cache.keys[layer][:, :, start:end], cache.values[layer][:, :, start:end] = k, v
+            k, v = cache.keys[layer][:, :, :end].to(q.dtype), cache.values[layer][:, :, :end].to(v.dtype)  # (B,H,m,d)
+        y = attend(q, k, v, mask)  # (B,H,n,d)
+        x = x + a.out(y.transpose(1, 2).flatten(2))  # (B,n,D)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Backbone(Spec, nn.Module):
+    """Transformer with learned positions.
+
+    Args:
+        width, depth, heads: D, blocks, H.
+        max_tokens: positions there are (caption tokens + latents).
+    """
+
+    def __init__(self, width: int = 128, depth: int = 4, heads: int = 2, max_tokens: int = 96):
+        super().__init__()
+        self.width, self.heads, self.max_tokens = width, heads, max_tokens
+        self.blocks = nn.ModuleList(self.block() for _ in range(depth))
+        self.norm = LayerNorm(width)
+        self.position: nn.Parameter | None = self.positions()
+
+    def block(self) -> CachedBlock:
+        norms = (LayerNorm(self.width), LayerNorm(self.width))
+        return CachedBlock(self.width, self.heads, norms, MLP(self.width))
+
+    def positions(self) -> nn.Parameter | None:
+        return embedding(self.max_tokens, self.width, std=POSITION_STD)
+
+    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of rotary positions, where the backbone uses them."""
+        return None
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of at most `length` tokens, on this module's device."""
+        weight = self.norm.weight
+        shape = (batch, self.heads, length, self.width // self.heads)
+
+        def buffers() -> list[Tensor]:
+            return [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in self.blocks]
+
+        return Cache(buffers(), buffers())
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """x (B,n,D), positions (n,) long, mask bool broadcastable to (B,1,n,m), True = visible -> (B,n,D) normalised."""
+        if self.position is not None:
+            x = x + self.position[positions]
+        turn = self.turn(positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask, cache, layer, turn)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+
+class RotaryBackbone(Backbone):
+    """Transformer with rotary positions, RMSNorm and SwiGLU. Arguments as `Backbone`; positions have no table."""
+
+    def __init__(self, width: int = 128, depth: int = 4, heads: int = 2, max_tokens: int = 96):
+        super().__init__(width, depth, heads, max_tokens)
+        self.norm = nn.RMSNorm(width)
+
+    def block(self) -> CachedBlock:
+        norms = (nn.RMSNorm(self.width), nn.RMSNorm(self.width))
+        return CachedBlock(self.width, self.heads, norms, SwiGLU(self.width))
+
+    def positions(self) -> nn.Parameter | None:
+        return None
+
+    def turn(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        half = self.width // self.heads // 2
+        rates = 1000.0 ** (-torch.arange(half, device=positions.device) / half)
+        angles = positions[:, None] * rates  # (n,d/2)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the two halves of every head vector (B,H,n,d) by the angles (n,d/2) of its position."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,268 @@
+"""From noise to data along a field: one pure function per method, and a small module per method that holds its grid.
+
+A field is `v = field(x, t)`: x (M, C), t a plain float that all rows share, v the velocity of stage1_tokenizer.flow
+(t = 0 data, t = 1 noise, so every method walks *down* a grid 1 = t_0 > t_1 > ... > t_n = 0). Since t is a float known
+beforehand, a network can tabulate all that depends on t alone: `Solver.times` lists the queries in order.
+
+Choices, with reasons:
+* The default is midpoint x 4, eight evaluations, on t = 1 - (1-u)^1.5: near the data, where narrow dimensions are
+  decided, steps are small, and the last interval ends on an evaluation at its middle instead of a jump to a mean.
+  Few Euler steps shrink a sample; midpoint does not.
+* `steps` counts intervals, `evaluations` counts calls of the field, which is what a sample costs.
+* Temperature multiplies *every* normal draw, the first one included. On a Gaussian target each method here is linear
+  in its draws, so the sample's spread is temperature times the target's, and its mean is untouched.
+
+Letters: M rows, C channels, h = t_i - t_{i+1} > 0, v_i = field(x_i, t_i).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.flow import noise_from_v, x_from_v
+from stage1_tokenizer.spec import Spec
+
+Field = Callable[[Tensor, float], Tensor]
+Grid = Sequence[float]
+
+
+class SamplerError(ValueError):
+    """A number of steps or a temperature that a sampler cannot use."""
+
+
+def power_grid(steps: int, power: float = 1.5) -> list[float]:
+    """steps + 1 times from 1 to 0, t = (1-u)^power for u = 0, 1/steps, ..., 1.
+
+    In the notation of most papers (which integrate u upwards) this is t = 1 - (1-u)^p with data at t = 1; power 1 is
+    uniform, larger powers refine the data end.
+    """
+    return [(1 - i / steps) ** power for i in range(steps + 1)]
+
+
+def logit_grid(steps: int, spread: float = 4.0) -> list[float]:
+    """steps + 1 times from 1 to 0, uniform in log((1-t)/t) between -spread and spread, the two ends put to 1 and 0."""
+    inner = [1 / (1 + math.exp(spread * (2 * i / steps - 1))) for i in range(1, steps)]
+    return [1.0, *inner, 0.0]
+
+
+def euler(field: Field, x: Tensor, grid: Grid) -> Tensor:
+    """x_{i+1} = x_i - h v_i: first order, one evaluation a step."""
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x = x - (t - s) * field(x, t)
+    return x
+
+
+def mid_time_euler(field: Field, x: Tensor, grid: Grid) -> Tensor:
+    """Euler with the field asked at the middle *time* of the interval: x_{i+1} = x_i - h field(x_i, (t_i + t_{i+1})/2).
+
+    First order, but without Euler's shrinkage: the field is asked at less noise than x_i has, which overshoots by
+    about what Euler falls short.
+    """
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x = x - (t - s) * field(x, (t + s) / 2)
+    return x
+
+
+def midpoint(field: Field, x: Tensor, grid: Grid) -> Tensor:
+    """Half an Euler step to the middle, then a whole step with the velocity found there: second order, two calls."""
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        middle = x - (t - s) / 2 * field(x, t)
+        x = x - (t - s) * field(middle, (t + s) / 2)
+    return x
+
+
+def heun(field: Field, x: Tensor, grid: Grid) -> Tensor:
+    """A step with the mean of the velocities at both ends: second order, two calls (Karras et al. 2022, algorithm 1)."""
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        v = field(x, t)
+        ahead = x - (t - s) * v
+        x = x - (t - s) / 2 * (v + field(ahead, s))
+    return x
+
+
+def adams_bashforth(field: Field, x: Tensor, grid: Grid) -> Tensor:
+    """AB2 with unequal steps: the velocity extrapolated from this call and the last one; second order, one call.
+
+    The first step has no past: it asks at mid time instead of at the start.
+    """
+    past: Tensor | None = None
+    h_past = 0.0
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        h = t - s
+        if past is None:
+            past, h_past = field(x, (t + s) / 2), h / 2  # a velocity that belongs to the middle of the first step
+            x = x - h * past
+            continue
+        v = field(x, t)
+        x = x - h * (v + h / (2 * h_past) * (v - past))
+        past, h_past = v, h
+    return x
+
+
+def dpm_solver_2m(field: Field, x: Tensor, grid: Grid) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) with alpha = 1-t, sigma = t, lambda = log(alpha/sigma).
+
+    Linear in x between calls and second order in the predicted data; one call a step. The first and the last step,
+    where lambda is infinite, are of first order.
+    """
+    past: Tensor | None = None
+    h_past = math.inf
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        data = x_from_v(x, field(x, t), t)
+        ratio = s / t  # sigma_s / sigma_t
+        decay = ratio * (1 - t) / (1 - s)  # e^{-h} in lambda, 0 from pure noise and towards clean data
+        h = math.inf if decay == 0 else -math.log(decay)
+        estimate = data
+        if past is not None and math.isfinite(h) and math.isfinite(h_past):
+            r = h_past / h
+            estimate = data + (data - past) / (2 * r)
+        x = ratio * x + (1 - s) * (1 - decay) * estimate
+        past, h_past = data, h
+    return x
+
+
+def euler_maruyama(
+    field: Field,
+    x: Tensor,
+    grid: Grid,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The reverse SDE with diffusion w(t) = t (Ma et al. 2024, SiT, eq. 6): dx = v dt - w score / 2 dt + sqrt(w) dW.
+
+    Drift and score come from one call: score = -noise / t, so w score = -noise and there is no pole at t = 0. The last
+    interval injects nothing.
+    """
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        h = t - s
+        v = field(x, t)
+        x = x - h * v - h / 2 * noise_from_v(x, v, t)
+        if s > 0:
+            draw = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = x + math.sqrt(t * h) * temperature * draw
+    return x
+
+
+class Solver(Spec, nn.Module):
+    """A method with its grid. `solver(field, x, generator, temperature)` takes noise (M,C) to a sample (M,C).
+
+    `steps` intervals on the grid t = (1-u)^`power`; `per_step` calls of the field in each.
+    """
+
+    method: Callable[[Field, Tensor, Grid], Tensor]
+    per_step = 1
+
+    def __init__(self, steps: int, power: float):
+        super().__init__()
+        if steps < 1:
+            raise SamplerError(f"got steps={steps}, wanted at least 1; give a positive number of intervals.")
+        if power <= 0:
+            raise SamplerError(f"got power={power}, wanted a positive exponent; 1 is a uniform grid.")
+        self.steps, self.power = steps, power
+
+    def grid(self) -> list[float]:
+        """The times 1 = t_0 > ... > t_steps = 0."""
+        return power_grid(self.steps, self.power)
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the field for one sample."""
+        return self.steps * self.per_step
+
+    def times(self) -> list[float]:
+        """The times at which the field is asked, in order; found by asking, so it cannot disagree with the method."""
+        asked: list[float] = []
+
+        def probe(x: Tensor, t: float) -> Tensor:
+            asked.append(t)
+            return torch.zeros_like(x)
+
+        self(probe, torch.zeros(1, 1), torch.Generator())
+        return asked
+
+    def with_evaluations(self, evaluations: int) -> "Solver":
+        """The same method with another cost. Raises SamplerError if it cannot have exactly that many calls."""
+        if evaluations < self.per_step or evaluations % self.per_step:
+            raise SamplerError(
+                f"got steps={evaluations}, wanted a positive multiple of {self.per_step}: {type(self).__name__} asks its"
+                f" network {self.per_step} times per interval."
+            )
+        return type(self)(steps=evaluations // self.per_step, power=self.power)
+
+    def forward(
+        self, field: Field, x: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        return type(self).method(field, x, self.grid())
+
+
+class Euler(Solver):
+    """`euler`: one evaluation a step; shrinks samples when steps are few."""
+
+    method = staticmethod(euler)
+
+    def __init__(self, steps: int = 50, power: float = 1.0):
+        super().__init__(steps, power)
+
+
+class MidTimeEuler(Solver):
+    """`mid_time_euler`: one evaluation a step."""
+
+    method = staticmethod(mid_time_euler)
+
+    def __init__(self, steps: int = 10, power: float = 1.0):
+        super().__init__(steps, power)
+
+
+class Midpoint(Solver):
+    """`midpoint`, the default: four steps, eight evaluations, data end refined."""
+
+    per_step = 2
+    method = staticmethod(midpoint)
+
+    def __init__(self, steps: int = 4, power: float = 1.5):
+        super().__init__(steps, power)
+
+
+class Heun(Solver):
+    """`heun`: two evaluations a step, the last one at t = 0."""
+
+    per_step = 2
+    method = staticmethod(heun)
+
+    def __init__(self, steps: int = 6, power: float = 2.0):
+        super().__init__(steps, power)
+
+
+class AdamsBashforth(Solver):
+    """`adams_bashforth`: one evaluation a step."""
+
+    method = staticmethod(adams_bashforth)
+
+    def __init__(self, steps: int = 12, power: float = 1.5):
+        super().__init__(steps, power)
+
+
+class DPMSolver2M(Solver):
+    """`dpm_solver_2m` on the grid uniform in log-SNR; `power` is the half width of that grid in nats of log(alpha/sigma)."""
+
+    method = staticmethod(dpm_solver_2m)
+
+    def __init__(self, steps: int = 12, power: float = 4.0):
+        super().__init__(steps, power)
+
+    def grid(self) -> list[float]:
+        return logit_grid(self.steps, self.power)
+
+
+class EulerMaruyama(Solver):
+    """`euler_maruyama`: a stochastic sampler, so that temperature acts along the way and not only at the start."""
+
+    def __init__(self, steps: int = 20, power: float = 1.5):
+        super().__init__(steps, power)
+
+    def forward(
+        self, field: Field, x: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        return euler_maruyama(field, x, self.grid(), generator, temperature)
