@@ -1,0 +1,179 @@
+"""Numbers about pictures and latents, each a pure function of tensors.
+
+Pictures are (N, 3, H, W) in [-1, 1], so the peak-to-peak range is 2 and every formula below says so once, through
+PEAK. Picture metrics return one value per image: the caller averages, and so "the mean PSNR" is the mean over images
+of each image's PSNR, not the PSNR of the mean error (which rewards a model that is very good on a few).
+
+Metrics that need downloaded weights are built by a function that returns either the metric or a `Skipped` with the
+reason and the way to fix it: a report lists what it left out, and never downloads.
+
+Letters: N images, K latents, C channels of a latent, E width of an embedding, Q queries, M candidates.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+PEAK = 2.0  # pictures span [-1, 1]
+ACTIVE_VARIANCE = 0.01  # Burda et al. 2015, section 4.2: a unit whose posterior mean varies more than this is in use
+LPIPS_TRUNKS = {  # file names under which torchvision caches the trunks of the `lpips` package
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A metric that was left out: why, and what would bring it back."""
+
+    name: str
+    reason: str
+    how_to_fix: str
+
+
+def _check_pair(images: Tensor, reference: Tensor) -> None:
+    if images.shape != reference.shape or images.ndim != 4:
+        raise ValueError(
+            f"got pictures of shape {tuple(images.shape)} against {tuple(reference.shape)}, wanted two equal "
+            "(N, 3, H, W); decode to the size of the reference first"
+        )
+
+
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, one value per image: (N, 3, H, W) twice, in [-1, 1] -> (N,).
+
+    10 log10(4 / mean squared error). Identical pictures give 100 dB rather than infinity, so that a mean survives one.
+    """
+    _check_pair(images, reference)
+    squared_error = (images.float() - reference.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(PEAK**2 / squared_error.clamp_min(PEAK**2 * 1e-10))
+
+
+def ssim(images: Tensor, reference: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004), one value per image: (N, 3, H, W) twice, in [-1, 1] -> (N,).
+
+    Gaussian window of 11 pixels, sigma 1.5, per channel, averaged over the places where the whole window is inside
+    the picture, as in the paper (torchmetrics' own mean counts a mirrored border); sides of at least 11 pixels.
+    """
+    _check_pair(images, reference)
+    if min(images.shape[-2:]) < 11:
+        raise ValueError(f"got {images.shape[-2]} x {images.shape[-1]} pictures, wanted sides of 11 or more for SSIM")
+    _, full = structural_similarity_index_measure(
+        images.float(), reference.float(), data_range=PEAK, reduction="none", return_full_image=True
+    )  # (N, 3, H, W)
+    return full[..., 5:-5, 5:-5].mean(dim=(1, 2, 3))
+
+
+PairMetric = Callable[[Tensor, Tensor], Tensor]  # (images, reference), both (N, 3, H, W) -> (N,)
+
+
+def lpips_metric(trunk: str = "alex", device: torch.device | str = "cpu") -> PairMetric | Skipped:
+    """LPIPS (Zhang et al. 2018) as a function (images, reference) -> (N,), or `Skipped` where its trunk is not cached.
+
+    The `lpips` package brings the linear heads and leaves the trunk to torchvision's cache; fetching it is a choice
+    of the user's, not of a report's.
+    """
+    if trunk not in LPIPS_TRUNKS:
+        raise ValueError(f"got LPIPS trunk {trunk!r}, wanted one of {', '.join(LPIPS_TRUNKS)}")
+    cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
+    weights = cache / LPIPS_TRUNKS[trunk]
+    if not weights.is_file():
+        return Skipped(
+            f"lpips[{trunk}]",
+            f"the weights of its trunk are not at {weights.name} in torch's cache",
+            f"put torchvision's {weights.name} into $TORCH_HOME/hub/checkpoints",
+        )
+    import lpips  # imported here: it builds torchvision models and only this metric needs it
+
+    network = lpips.LPIPS(net=trunk, verbose=False).to(device).eval().requires_grad_(False)
+
+    def distance(images: Tensor, reference: Tensor) -> Tensor:
+        _check_pair(images, reference)
+        return network(images.float(), reference.float()).flatten()
+
+    return distance
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Share of queries with a hit among the first R candidates, and the share that guessing at random would give."""
+
+    recall: dict[int, float]  # R -> share in [0, 1]
+    chance: dict[int, float]
+    num_queries: int
+    num_candidates: int
+
+
+def retrieval(
+    queries: Tensor,
+    candidates: Tensor,
+    query_captions: Sequence[str],
+    candidate_captions: Sequence[str],
+    ranks: Sequence[int] = (1, 5),
+) -> Retrieval:
+    """Recall at R of captions by pictures: queries (Q, E), candidates (M, E), both unit vectors.
+
+    A candidate is a hit if its words equal the query's caption: different pictures may share a caption word by word,
+    and then either copy is right. Ties in similarity count against the query (a constant embedding scores like the
+    worst order, not like the best). Chance is exact: 1 - C(M - h, R) / C(M, R) for a query with h hits.
+    """
+    if len(query_captions) != len(queries) or len(candidate_captions) != len(candidates):
+        raise ValueError(
+            f"got {len(query_captions)} and {len(candidate_captions)} captions for {len(queries)} queries and "
+            f"{len(candidates)} candidates, wanted one caption for each"
+        )
+    ids = {caption: index for index, caption in enumerate(dict.fromkeys(candidate_captions))}
+    candidate_ids = torch.tensor([ids[caption] for caption in candidate_captions])
+    query_ids = torch.tensor([ids.get(caption, -1) for caption in query_captions])
+    hits = query_ids[:, None] == candidate_ids[None]  # (Q, M)
+    similarity = queries.float().cpu() @ candidates.float().cpu().T  # (Q, M)
+    best_hit = similarity.masked_fill(~hits, -math.inf).amax(dim=1, keepdim=True)
+    ahead = ((similarity >= best_hit) & ~hits).sum(dim=1)  # (Q,) wrong candidates that come first
+    ahead = torch.where(hits.any(dim=1), ahead, torch.full_like(ahead, len(candidates)))
+    recall = {rank: (ahead < rank).float().mean().item() for rank in ranks}
+    return Retrieval(recall, _chance(hits.sum(dim=1), len(candidates), ranks), len(queries), len(candidates))
+
+
+def _chance(hits_per_query: Tensor, num_candidates: int, ranks: Sequence[int]) -> dict[int, float]:
+    """Mean over queries of the chance to draw at least one hit in R draws without replacement."""
+    chance = {}
+    for rank in ranks:
+        miss = torch.ones(len(hits_per_query), dtype=torch.float64)
+        for drawn in range(min(rank, num_candidates)):
+            miss *= ((num_candidates - hits_per_query - drawn).clamp_min(0) / (num_candidates - drawn)).double()
+        chance[rank] = 1 - miss.mean().item()
+    return chance
+
+
+@dataclass(frozen=True)
+class LatentUse:
+    """What each latent position carries; every tensor is (K,)."""
+
+    active_units: Tensor  # channels whose posterior mean varies over pictures, 0..C
+    mean_variance: Tensor  # variance of the posterior mean, mean over channels; 1 = all variance is signal
+    rate_bits: Tensor  # mean KL(q(z|x) || N(0, 1)) summed over channels, in bits; inf for a deterministic code
+
+
+def latent_use(mean: Tensor, std: Tensor) -> LatentUse:
+    """Use of each latent position from standardised posteriors: mean and std (N, K, C) of N pictures.
+
+    Standardised means that posterior samples have mean 0 and variance 1 over the pictures, so the KL to N(0, 1) is the
+    rate of a code whose receiver knows only those two moments: an upper bound of the information in the position.
+    """
+    if mean.shape != std.shape or mean.ndim != 3:
+        raise ValueError(f"got mean {tuple(mean.shape)} and std {tuple(std.shape)}, wanted two equal (N, K, C)")
+    mean, std = mean.double().cpu(), std.double().cpu()
+    variance = mean.var(dim=0, correction=0)  # (K, C)
+    kl = 0.5 * (mean.square() + std.square() - 1) - std.log()  # (N, K, C); inf where std = 0
+    return LatentUse(
+        active_units=(variance > ACTIVE_VARIANCE).sum(dim=1),
+        mean_variance=variance.mean(dim=1),
+        rate_bits=kl.mean(dim=0).sum(dim=1) / math.log(2),
+    )

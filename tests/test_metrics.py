@@ -1,0 +1,105 @@
+"""Picture and latent metrics against closed forms, an independent implementation, and constructed cases."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from stage1_tokenizer.metrics import Skipped, latent_use, lpips_metric, psnr, retrieval, ssim
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    return torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_psnr_of_a_constant_error_is_its_closed_form(pictures: torch.Tensor) -> None:
+    offsets = torch.tensor([0.01, 0.02, 0.1, 0.5])
+    values = psnr(pictures + offsets[:, None, None, None], pictures)
+    torch.testing.assert_close(values, 20 * torch.log10(2 / offsets), rtol=0, atol=1e-3)
+
+
+def test_psnr_is_per_image_and_finite_for_a_perfect_copy(pictures: torch.Tensor) -> None:
+    copy = pictures.clone()
+    copy[1] += 0.1
+    values = psnr(copy, pictures)
+    assert values[0] == pytest.approx(100) and values[1] == pytest.approx(20 * math.log10(20), abs=1e-3)
+
+
+def test_ssim_agrees_with_scikit_image(pictures: torch.Tensor) -> None:
+    noisy = (pictures + 0.2 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+    expected = [
+        structural_similarity(
+            a.double().permute(1, 2, 0).numpy(), b.double().permute(1, 2, 0).numpy(), channel_axis=2, data_range=2.0,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False, win_size=11,
+        )
+        for a, b in zip(noisy, pictures, strict=True)
+    ]
+    np.testing.assert_allclose(ssim(noisy, pictures).numpy(), expected, atol=2e-3)
+
+
+def test_pictures_of_two_sizes_are_refused(pictures: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="wanted two equal"):
+        psnr(pictures, pictures[:, :, :8])
+    with pytest.raises(ValueError, match="11 or more"):
+        ssim(pictures[:, :, :8], pictures[:, :, :8])
+
+
+def test_retrieval_counts_identical_captions_as_hits() -> None:
+    captions = ["a", "b", "b", "c"]
+    eye = torch.eye(4)
+    swapped = eye[[0, 2, 1, 3]]  # the two pictures of "b" find each other's caption
+    result = retrieval(eye, swapped, captions, captions)
+    assert result.recall == {1: 1.0, 5: 1.0}
+    assert result.chance[1] == pytest.approx((1 + 2 + 2 + 1) / 16)
+
+
+def test_retrieval_of_wrong_and_constant_embeddings() -> None:
+    captions = [str(i) for i in range(10)]
+    eye = torch.eye(10)
+    assert retrieval(eye, eye.roll(1, 0), captions, captions, ranks=(1,)).recall[1] == 0
+    constant = torch.ones(10, 3)
+    result = retrieval(constant, constant, captions, captions)
+    assert result.recall == {1: 0.0, 5: 0.0}, "ties must not count as hits"
+    assert result.chance[5] == pytest.approx(0.5)
+
+
+def test_retrieval_ranks() -> None:
+    candidates = torch.eye(3)
+    queries = torch.tensor([[0.9, 0.5, 0.1], [0.5, 0.4, 0.1], [0.1, 0.9, 0.5]])  # ranks of the right one: 1, 2, 2
+    result = retrieval(queries, candidates, ["a", "b", "c"], ["a", "b", "c"], ranks=(1, 2))
+    assert result.recall[1] == pytest.approx(1 / 3) and result.recall[2] == 1.0
+
+
+def test_retrieval_chance_is_what_random_embeddings_reach() -> None:
+    generator = torch.Generator().manual_seed(0)
+    captions = [str(i % 40) for i in range(400)]
+    a, b = (torch.randn(400, 8, generator=generator) for _ in range(2))
+    result = retrieval(a, b, captions, captions, ranks=(5,))
+    assert result.recall[5] == pytest.approx(result.chance[5], abs=0.05)
+    assert 0.1 < result.chance[5] < 0.13
+
+
+def test_rate_of_a_gaussian_channel_and_active_units() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(20000, 1, 1, generator=generator)
+    snr = 15.0  # signal variance over noise variance: capacity log2(1 + 15) / 2 = 2 bits
+    mean = torch.cat([signal * (snr / (1 + snr)) ** 0.5, torch.zeros_like(signal)], dim=2)
+    std = torch.tensor([(1 / (1 + snr)) ** 0.5, 1.0]).expand_as(mean)
+    use = latent_use(mean, std)
+    assert use.rate_bits.item() == pytest.approx(2.0, abs=0.03)
+    assert use.active_units.tolist() == [1]
+
+
+def test_rate_of_a_deterministic_code_is_infinite() -> None:
+    assert latent_use(torch.randn(10, 2, 3), torch.zeros(10, 2, 3)).rate_bits.isinf().all()
+
+
+def test_lpips_without_its_trunk_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    result = lpips_metric("alex")
+    assert isinstance(result, Skipped) and result.name == "lpips[alex]" and "alexnet" in result.how_to_fix
+    with pytest.raises(ValueError, match="wanted one of"):
+        lpips_metric("resnet")
