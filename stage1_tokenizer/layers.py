@@ -159,3 +159,17 @@ class StaticMix(nn.Module):
         v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,h,m,D/h)
         mixed = self.weight[:, :n, : x.shape[1]].to(v.dtype) @ v  # (B,h,n,D/h)
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B,n,D)
+
+
+class Linears(nn.Module):
+    """One linear map per position: (B,n,C) -> (B,n,D), row i by its own matrix; `n` may be below `positions`."""
+
+    def __init__(self, positions: int, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(positions, n_in, n_out) * n_in**-0.5)
+        self.bias = nn.Parameter(torch.zeros(positions, n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        y = torch.einsum("bnc,ncd->bnd", x, self.weight[:n].to(x.dtype))
+        return y + self.bias[:n].to(y.dtype)  # (B,n,D)

@@ -1,0 +1,48 @@
+"""Features h (B,K,D) -> latents z (B,K,C): the one place where information is limited.
+
+`forward(h) -> (z, losses)` draws what the decoder sees in training; `posterior(h) -> (mean, std)` is what encoding and
+the prior use. Every map acts on each position alone, so prefixes stay exact.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.layers import Linears
+from stage1_tokenizer.spec import Spec
+
+
+class KLBottleneck(Spec, nn.Module):
+    """Diagonal Gaussian posterior with a tiny KL to N(0, 1) (Kingma & Welling 2014).
+
+    The log-variance starts near `logvar_bias` (noise std e^(bias/2)), so that pictures come through from the first
+    step, and is clamped to [-9, 2]. Position i has its own map: positions have different jobs and scales.
+
+    Args:
+        width: D. num_latents: K. latent_dim: C.
+        weight: factor of the KL, in nats per latent channel, against a mean squared error in [-1, 1].
+    """
+
+    def __init__(
+        self, width: int = 128, num_latents: int = 16, latent_dim: int = 16, weight: float = 3e-4, logvar_bias: float = -5.0
+    ):
+        super().__init__()
+        self.num_latents, self.latent_dim, self.weight = num_latents, latent_dim, weight
+        self.project = Linears(num_latents, width, 2 * latent_dim)
+        with torch.no_grad():
+            self.project.weight[..., latent_dim:] *= 0.1
+            self.project.bias[..., latent_dim:] = logvar_bias
+
+    def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        mean, logvar = self.project(h).float().chunk(2, -1)  # (B,k,C) each
+        return mean, logvar.clamp(-9.0, 2.0)
+
+    def posterior(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(mean, std), each (B,k,C); `shift` (B,k,C) is added to the mean (a linear path beside the encoder)."""
+        mean, logvar = self.moments(h)
+        return (mean if shift is None else mean + shift), (0.5 * logvar).exp()
+
+    def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        mean, std = self.posterior(h, shift)
+        z = mean + std * torch.randn_like(mean)  # (B,K,C)
+        kl = 0.5 * (mean.square() + std.square() - 1) - std.log()  # nats per channel
+        return z, {"kl": self.weight * kl.mean(), "kl_nats": kl.mean().detach()}

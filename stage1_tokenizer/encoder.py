@@ -1,0 +1,92 @@
+"""Image -> K ordered features: a patch trunk, then queries that read the patches by cross-attention.
+
+    images (B,3,H,W) -> trunk -> patches (B,N,D)
+    queries = learned vectors + static mix of the patches          (K,D)
+    blocks: causal self-attention among queries, cross-attention queries -> patches, MLP
+    -> h (B,K,D)
+
+Patches never see queries, and query i sees queries j <= i only, so the first k outputs do not depend on how many
+queries there are: `forward(images, k)` equals `forward(images)[:, :k]`. A prefix is exact, not approximate.
+
+Letters: B batch, N patches, K queries, D width, p patch size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, causal_mask, embedding
+from stage1_tokenizer.spec import Spec
+
+
+class PatchTrunk(Spec, nn.Module):
+    """Two-convolution stem and self-attention blocks: images (B,3,H,W) -> patches (B,N,D), N = (H/p)(W/p).
+
+    The first convolution (3x3, stride 2) sees edges before the second folds the rest of the patch. With `mask_ratio`
+    > 0, training replaces a random share U(0, mask_ratio) of the patches by a learned vector, which keeps latents from
+    collapsing onto local texture (notes of MacTok and MAETok). Raises ValueError for an image of another size.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        patch_size: int = 8,
+        width: int = 128,
+        depth: int = 2,
+        heads: int = 2,
+        stem_width: int = 48,
+        mask_ratio: float = 0.0,
+    ):
+        super().__init__()
+        if image_size % patch_size or patch_size % 2:
+            raise ValueError(f"got image_size {image_size}, patch_size {patch_size}; want an even divisor of the size.")
+        self.image_size, self.width, self.mask_ratio = image_size, width, mask_ratio
+        self.num_patches = (image_size // patch_size) ** 2
+        self.stem = nn.Conv2d(3, stem_width, 3, stride=2, padding=1)
+        self.patch = nn.Conv2d(stem_width, width, patch_size // 2, stride=patch_size // 2)
+        self.position = embedding(self.num_patches, width)
+        self.null = embedding(width) if mask_ratio > 0 else None
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch(F.gelu(self.stem(images)))  # (B,D,H/p,W/p)
+        x = x.flatten(2).transpose(1, 2)  # (B,N,D)
+        if self.null is not None and self.training:
+            share = torch.rand(x.shape[0], 1, 1, device=x.device) * self.mask_ratio
+            drop = torch.rand(x.shape[0], x.shape[1], 1, device=x.device) < share
+            x = torch.where(drop, self.null.to(x.dtype), x)
+        x = x + self.position
+        for block in self.blocks:
+            x = block(x)
+        return x  # (B,N,D)
+
+
+class QFormerEncoder(Spec, nn.Module):
+    """Patches by cross-attention into K ordered queries (after BLIP-2's Q-Former and GigaTok's 1-D encoder).
+
+    Args:
+        trunk: images -> patches (B,N,D); a `PatchTrunk` or any module with `width` and `num_patches`.
+        num_latents: K.
+        depth: blocks of self-attention + cross-attention + MLP.
+        heads: attention heads.
+    forward(images, k=None) -> h (B,k,D), by default k = K.
+    """
+
+    def __init__(self, trunk: PatchTrunk, num_latents: int = 16, depth: int = 1, heads: int = 2):
+        super().__init__()
+        self.trunk, self.num_latents, self.width = trunk, num_latents, trunk.width
+        self.queries = embedding(num_latents, trunk.width)
+        self.mix = StaticMix(trunk.width, trunk.num_patches, num_latents)
+        self.patch_norm = LayerNorm(trunk.width)
+        self.blocks = nn.ModuleList(Block(trunk.width, heads, cross=True) for _ in range(depth))
+        self.norm = LayerNorm(trunk.width)
+        self.register_buffer("causal", causal_mask(num_latents), persistent=False)
+        self.causal: Tensor
+
+    def forward(self, images: Tensor, k: int | None = None) -> Tensor:
+        k = k or self.num_latents
+        patches = self.patch_norm(self.trunk(images))  # (B,N,D)
+        x = self.queries[:k] + self.mix(patches, k)  # (B,k,D)
+        for block in self.blocks:
+            x = block(x, patches, self_mask=self.causal[:k, :k])
+        return self.norm(x)  # (B,k,D)

@@ -1,0 +1,74 @@
+"""Exported folders: config.json + model.safetensors + a model card, in the layout the Hugging Face hub expects.
+
+Nothing in a folder is executed: the config names classes of this package only (see `spec`), and weights are safetensors.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import huggingface_hub
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stage1_tokenizer.spec import build
+
+FORMAT = 1
+FILES = ("config.json", "model.safetensors")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_module(module: nn.Module, folder: str | Path, card: str | None = None) -> Path:
+    """Write `module` (a Spec) to `folder`; the weights file is written whole before it gets its name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+    partial = folder / "model.safetensors.part"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+    config = {"format": FORMAT, "library": "unspool", **module.spec}  # type: ignore[dict-item]
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    name = type(module).__name__
+    (folder / "README.md").write_text(card or f"---\nlibrary_name: unspool\n---\n# {name}\n\nExported by Unspool.\n")
+    return folder
+
+
+def load_module(cls: type[M], path: str | Path, revision: str | None = None) -> M:
+    """The module in a folder or Hub repository, in eval mode. Errors as `Tokenizer.from_pretrained`."""
+    folder = Path(path)
+    if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        folder = Path(huggingface_hub.snapshot_download(str(path), revision=revision, allow_patterns=list(FILES)))
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {' and no '.join(missing)}; wanted an exported {cls.__name__} folder: run fit first, or "
+            "name the folder that fit left."
+        )
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("format", 0) > FORMAT:
+        raise ValueError(f"{folder} has format {config['format']}, this version reads up to {FORMAT}; update unspool.")
+    module = build(config)
+    if not isinstance(module, cls):
+        raise ValueError(f"{folder} holds a {type(module).__name__}, wanted a {cls.__name__}.")
+    tensors = load_file(folder / "model.safetensors")
+    own = module.state_dict()
+    wrong = [n for n in own.keys() | tensors.keys() if n not in own or n not in tensors or own[n].shape != tensors[n].shape]
+    if wrong:
+        raise ValueError(
+            f"{folder}: {len(wrong)} tensors do not fit its config.json, {sorted(wrong)[0]} among them; "
+            "the two files are not from one export."
+        )
+    module.load_state_dict(tensors, strict=True)
+    return module.eval()
+
+
+def push_module(module: nn.Module, repo_id: str, card: str | None = None, **create: Any) -> str:
+    """Create `repo_id` if needed and upload the export; returns its address."""
+    api = huggingface_hub.HfApi()
+    repo = api.create_repo(repo_id, exist_ok=True, **create)
+    with tempfile.TemporaryDirectory() as folder:
+        save_module(module, folder, card)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message="Export from Unspool")
+    return str(repo)

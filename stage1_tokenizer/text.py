@@ -1,0 +1,192 @@
+"""Text supervision of prefixes: a small open_clip text tower, and losses that read the first k latents.
+
+The order of the latents is decided by which of them a loss can see. A contrastive loss on *short prefixes*, weighted
+down as k grows, asks the first latents for what a caption says; a loss on the full length (`lengths=[K]`) would let the
+meaning sit anywhere. Captions are targets and never an input of the decoder: there they would unload meaning from the
+latents.
+
+`GradientBalance` bounds what this costs: the gradient that text sends into the latents is rescaled to a fixed share of
+the gradient that pixels send, so that neither a loss weight nor the falling pixel error decides who rules.
+
+Letters: B batch, K latents, C latent channels, E embedding width, L text tokens, P prefix lengths in use.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from stage1_tokenizer.layers import MATRIX, LayerNorm, Linears, linear, mark
+from stage1_tokenizer.spec import Spec
+from stage1_tokenizer.vocabulary import END, PAD, CaptionVocabulary
+
+
+class TextTower(Spec, nn.Module):
+    """open_clip's TextTransformer over a `CaptionVocabulary`, trained from scratch: ids (B,L) -> unit vectors (B,E)."""
+
+    def __init__(
+        self, vocabulary: CaptionVocabulary, width: int = 128, layers: int = 2, heads: int = 2, embed_dim: int = 128
+    ):
+        super().__init__()
+        self.vocabulary, self.embed_dim = vocabulary, embed_dim
+        self.transformer = TextTransformer(
+            context_length=vocabulary.context_length,
+            vocab_size=vocabulary.rows,
+            width=width,
+            heads=heads,
+            layers=layers,
+            output_dim=embed_dim,
+            no_causal_mask=True,
+            use_pad_mask=True,
+            pad_id=PAD,
+            eos_id=END,
+            pool_type="eos",
+        )
+        nn.init.normal_(self.transformer.token_embedding.weight, std=0.7)  # open_clip's 0.02 learns late: see layers.py
+        nn.init.normal_(self.transformer.positional_embedding, std=0.7)
+        for name, parameter in self.transformer.transformer.named_parameters():
+            if parameter.ndim == 2:
+                mark(parameter, MATRIX)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.normalize(self.transformer(ids).float(), dim=-1)  # (B,E)
+
+
+class PrefixReader(Spec, nn.Module):
+    """All prefixes of a latent line to unit vectors at once: z (B,K,C) -> (B,P,E) for the given lengths.
+
+    Each position has its own small map; their running sum over positions is the state after k latents, so that every
+    prefix costs one row and the value for k cannot depend on later latents.
+    """
+
+    def __init__(self, num_latents: int, latent_dim: int, width: int = 256, embed_dim: int = 128):
+        super().__init__()
+        self.num_latents = num_latents
+        self.position = Linears(num_latents, latent_dim, width)
+        self.length = nn.Parameter(torch.randn(num_latents, width) * 0.5)
+        self.norm = LayerNorm(width)
+        self.up, self.down = linear(width, 2 * width), linear(2 * width, width, zero=True)
+        self.out = linear(width, embed_dim)
+
+    def forward(self, z: Tensor, lengths: list[int]) -> Tensor:
+        steps = self.position(z[:, : max(lengths)])  # (B,k,W)
+        at = torch.tensor([k - 1 for k in lengths], device=z.device)
+        x = steps.float().cumsum(1)[:, at] / torch.sqrt(at + 1.0)[:, None] + self.length[at]  # (B,P,W)
+        x = self.norm(x)
+        x = x + self.down(F.relu(self.up(x)).square())
+        return F.normalize(self.out(x).float(), dim=-1)  # (B,P,E)
+
+
+class SigmoidContrast(Spec, nn.Module):
+    """Sigmoid contrastive loss (Zhai et al. 2023, "SigLIP", eq. 1) with repeated captions counted as pairs.
+
+    forward(image (B,P,E), text (B,E) or (B,P,E), same (B,B) or (B,P,B) bool) -> (P,) loss per prefix.
+    """
+
+    def __init__(self, temperature: float = 10.0, bias: float = -4.0):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
+        logits = self.log_scale.exp() * torch.einsum("bpe,cpe->pbc", image, text) + self.bias  # (P,B,B)
+        sign = torch.where(same, 1.0, -1.0)
+        return -F.logsigmoid(sign * logits).sum(-1).mean(-1)  # (P,)
+
+
+class SoftmaxContrast(Spec, nn.Module):
+    """Symmetric InfoNCE (Radford et al. 2021, "CLIP"), with repeated captions sharing the target mass.
+
+    forward(image (B,P,E), text (B,P,E), same (P,B,B) bool) -> (P,) loss per prefix.
+    """
+
+    def __init__(self, temperature: float = 14.0):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
+        logits = self.log_scale.exp().clamp(max=100.0) * torch.einsum("bpe,cpe->pbc", image, text)  # (P,B,B)
+        target = same / same.sum(-1, keepdim=True)
+        rows = -(target * logits.log_softmax(-1)).sum(-1)
+        columns = -(target * logits.log_softmax(-2)).sum(-2)
+        return 0.5 * (rows + columns).mean(-1)  # (P,)
+
+
+class GradientBalance(nn.Module):
+    """Scale the gradient of a second loss at a shared tensor to `share` times the first one's norm.
+
+    `first, second = balance(z)` returns two views of z; in the backward pass the running norms of both gradients are
+    measured, and the second is multiplied by share * |first| / |second| (norms averaged over about 1 / (1 - momentum)
+    steps). Both stay on the device: no host sync. Norms are buffers, so a resumed run goes on exactly.
+    """
+
+    norms: Tensor
+
+    def __init__(self, share: float, momentum: float = 0.95):
+        super().__init__()
+        self.share, self.momentum = share, momentum
+        self.register_buffer("norms", torch.zeros(2))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not (self.training and z.requires_grad):
+            return z, z
+        first, second = z.view_as(z), z.view_as(z)
+        first.register_hook(lambda g: self.watch(g, 0))
+        second.register_hook(lambda g: self.scale(self.watch(g, 1)))
+        return first, second
+
+    @torch.no_grad()
+    def watch(self, gradient: Tensor, which: int) -> Tensor:
+        norm = gradient.float().norm()
+        old = self.norms[which]
+        self.norms[which] = torch.where(old == 0, norm, old.lerp(norm, 1 - self.momentum))
+        return gradient
+
+    def scale(self, gradient: Tensor) -> Tensor:
+        factor = self.share * self.norms[0] / self.norms[1].clamp_min(1e-20)
+        return gradient * factor.to(gradient.dtype)
+
+
+class PrefixText(Spec, nn.Module):
+    """Everything text does to a tokenizer: tower, prefix reader, contrastive loss and its schedule over prefixes.
+
+    Args:
+        tower: text tower, whose vocabulary encodes the captions.
+        reader: prefix reader, with the tower's embedding width.
+        contrast: loss of image against text per prefix.
+        lengths: prefix lengths in use; weights fall as 1 / (1 + log2 k).
+        share: gradient that text sends into the latents, as a share of the pixels' (see `GradientBalance`).
+        every: the loss is computed in every n-th step only, the cheapest way to spend less on it.
+    """
+
+    def __init__(
+        self,
+        tower: TextTower,
+        reader: PrefixReader,
+        contrast: SoftmaxContrast | SigmoidContrast,
+        lengths: list[int],
+        share: float = 0.1,
+        every: int = 1,
+    ):
+        super().__init__()
+        if not lengths or min(lengths) < 1 or max(lengths) > reader.num_latents:
+            raise ValueError(f"got lengths {lengths}, wanted prefix lengths within 1..{reader.num_latents}.")
+        self.tower, self.reader, self.contrast = tower, reader, contrast
+        self.lengths, self.every = sorted(lengths), every
+        self.balance = GradientBalance(share)
+        weights = torch.tensor([1 / (1 + math.log2(k)) for k in self.lengths])
+        self.register_buffer("weights", weights / weights.sum(), persistent=False)
+
+    @property
+    def vocabulary(self) -> CaptionVocabulary:
+        return self.tower.vocabulary
+
+    def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """z (B,K,C), ids (B,L) -> {"text": weighted sum, "text_k<first length>": loss of the shortest prefix}."""
+        text = self.tower(ids)[:, None].expand(-1, len(self.lengths), -1)  # (B,P,E)
+        image = self.reader(z, self.lengths)  # (B,P,E)
+        same = (ids[:, None] == ids[None]).all(-1)  # (B,B)
+        each = self.contrast(image, text, same.expand(len(self.lengths), -1, -1))  # (P,)
+        return {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}

@@ -1,0 +1,227 @@
+"""Tokenizer: images <-> an ordered line of continuous latents.
+
+    images (B,3,H,W) in [-1,1] --encoder--> h (B,K,D) --bottleneck--> raw latents (B,K,C)
+    --latent statistics--> z (B,K,C), standardised --keep the first k--> decoder --> images (B,3,H,W) in [-1,1]
+
+`encode`/`decode` are the contract that other programs call; `losses` is the training objective. Statistics are those of
+posterior *samples* per position and channel (noise included), so that what a prior is trained on, `mean + std * eps`,
+has zero mean and unit variance even where a channel carries little; the posterior mean that `encode` returns is at most
+that wide. An exported folder holds config.json (class paths and plain arguments), model.safetensors and a model card.
+
+Letters: B batch, K latents, C latent channels, k prefix length, E embedding width.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.bottleneck import KLBottleneck
+from stage1_tokenizer.decoder import ViTDecoder
+from stage1_tokenizer.encoder import QFormerEncoder
+from stage1_tokenizer.export import load_module, push_module, save_module
+from stage1_tokenizer.linear_path import LinearPath
+from stage1_tokenizer.order import PrefixLengths, keep_mask
+from stage1_tokenizer.spec import Spec
+from stage1_tokenizer.text import PrefixText
+from stage1_tokenizer.vocabulary import CaptionVocabulary
+
+
+class Tokenizer(Spec, nn.Module):
+    """Ordered continuous 1-D image tokenizer.
+
+    Args:
+        image_size: side of the square images in pixels.
+        encoder: images -> h (B,K,D).
+        bottleneck: h -> latents (B,K,C) and its losses.
+        decoder: latents and a mask of the visible ones -> images.
+        lengths: which prefixes a training step decodes besides the full length; None decodes the full length only.
+        text: text supervision of prefixes; None for a tokenizer that knows no captions.
+        linear_path: fixed principal components beside the encoder and decoder (photographs); None for none.
+    """
+
+    latent_mean: Tensor
+    latent_scale: Tensor
+
+    def __init__(
+        self,
+        image_size: int,
+        encoder: QFormerEncoder,
+        bottleneck: KLBottleneck,
+        decoder: ViTDecoder,
+        lengths: PrefixLengths | None = None,
+        text: PrefixText | None = None,
+        linear_path: LinearPath | None = None,
+    ):
+        super().__init__()
+        for name, part in (("bottleneck", bottleneck), ("decoder", decoder)):
+            if part.num_latents != encoder.num_latents:
+                raise ValueError(
+                    f"encoder.num_latents is {encoder.num_latents} but {name}.num_latents is {part.num_latents}; "
+                    "make them equal."
+                )
+        self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
+        self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
+        self.lengths, self.text, self.linear_path = lengths, text, linear_path
+        self.register_buffer("latent_mean", torch.zeros(self.num_latents, self.latent_dim))
+        self.register_buffer("latent_scale", torch.ones(self.num_latents, self.latent_dim))
+
+    # -- the contract -------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Tensor, k: int | None = None) -> Tensor:
+        """images (B,3,H,W) float in [-1,1] -> z (B,K,C): the posterior mean, standardised; deterministic.
+
+        With `k`, only the first k latents are computed; they equal `encode(images)[:, :k]`.
+        Raises ValueError for another size, dtype, channel count or range, or for non-finite pixels.
+        """
+        return self.posterior(images, k)[0]
+
+    def posterior(self, images: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
+        """(mean, std) of the posterior, standardised, each (B,k,C). Arguments and errors as `encode`."""
+        self.check_images(images)
+        k = self.check_length(k or self.num_latents)
+        shift = self.linear_path.encode(images, k) if self.linear_path is not None else None
+        mean, std = self.bottleneck.posterior(self.encoder(images, k), shift)  # (B,k,C) each
+        return (mean - self.latent_mean[:k]) / self.latent_scale[:k], std / self.latent_scale[:k]
+
+    def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """z (B,k,C) standardised, any 1 <= k <= K -> images (B,3,H,W) in [-1,1].
+
+        `generator` draws the noise of a stochastic decoder. Raises ValueError for another shape.
+        """
+        if z.ndim != 3 or z.shape[-1] != self.latent_dim:
+            raise ValueError(f"got latents of shape {tuple(z.shape)}, wanted (B, k, {self.latent_dim}).")
+        k = self.check_length(z.shape[1])
+        raw = z * self.latent_scale[:k] + self.latent_mean[:k]
+        raw = torch.cat([raw, raw.new_zeros(len(z), self.num_latents - k, self.latent_dim)], 1)  # (B,K,C)
+        keep = keep_mask(torch.full((len(z),), k, device=z.device), self.num_latents)
+        base = self.linear_path.decode(raw, keep) if self.linear_path is not None else None
+        return self.decoder.decode(raw, keep, base, generator=generator).float().clamp(-1, 1)
+
+    def embed_text(self, captions: list[str]) -> Tensor:
+        """list[str] -> (B,E) unit vectors. Raises ValueError without text supervision."""
+        text = self.text_part()
+        return text.tower(text.vocabulary.encode(captions)[0])
+
+    def embed_latents(self, z: Tensor) -> Tensor:
+        """z (B,k,C) standardised -> (B,E) unit vectors in the space of `embed_text`."""
+        k = self.check_length(z.shape[1])
+        raw = z * self.latent_scale[:k] + self.latent_mean[:k]
+        return self.text_part().reader(raw, [k])[:, 0]
+
+    @property
+    def vocabulary(self) -> CaptionVocabulary:
+        return self.text_part().vocabulary
+
+    def text_part(self) -> PrefixText:
+        if self.text is None:
+            raise ValueError("this tokenizer was built without text supervision (text: null); use one that has it.")
+        return self.text
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def losses(self, images: Tensor, ids: Tensor | None = None, step: int = 0) -> dict[str, Tensor]:
+        """Loss parts of one batch; their sum over the keys in `objective` is minimised, the rest is logged.
+
+        images (B,3,H,W); ids (B,L) caption tokens for the text part; `step` counts optimiser steps.
+        """
+        shift = self.linear_path.encode(images, self.num_latents) if self.linear_path is not None else None
+        z, parts = self.bottleneck(self.encoder(images), shift)  # (B,K,C)
+        text_step = self.text is not None and ids is not None and step % self.text.every == 0
+        z_pixels, z_text = self.text.balance(z) if text_step and self.text is not None else (z, z)
+        parts |= self.pixel_losses(z_pixels, images, step)
+        if text_step and self.text is not None and ids is not None:
+            parts |= self.text.losses(z_text, ids)
+        return parts
+
+    def pixel_losses(self, z: Tensor, images: Tensor, step: int) -> dict[str, Tensor]:
+        """Full length for every image and, in the same decoder call, one random shorter prefix for a share of them."""
+        batch = len(z)
+        second = self.lengths is not None and step >= self.lengths.start
+        extra = self.lengths.sample(batch) if second and self.lengths is not None else z.new_zeros(0, dtype=torch.long)
+        rows = torch.arange(len(extra), device=z.device)
+        z, target = torch.cat([z, z[rows]]), torch.cat([images, images[rows]])
+        k = torch.cat([extra.new_full((batch,), self.num_latents), extra])
+        keep = keep_mask(k, self.num_latents)
+        base = self.linear_path.decode(z, keep) if self.linear_path is not None else None
+        _, error = self.decoder.losses(z, keep, target, base)  # (B+b,)
+        parts = {"pixel": error[:batch].mean()}
+        if len(extra) and self.lengths is not None:
+            parts["prefix"] = self.lengths.weight * error[batch:].mean()
+        return parts
+
+    objective = ("pixel", "prefix", "kl", "text", "caption")
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        return torch.stack([parts[name] for name in self.objective if name in parts]).sum()
+
+    @torch.no_grad()
+    def fit_statistics(self, batches: Iterable[Tensor]) -> int:
+        """Set the latent statistics from training images; returns how many were read.
+
+        Mean and standard deviation of posterior samples per position and channel, in float64, with the noise's variance
+        added in closed form.
+        """
+        n, total, square = 0, torch.zeros(()), torch.zeros(())
+        self.latent_mean.zero_()
+        self.latent_scale.fill_(1.0)
+        for images in batches:
+            mean, std = (x.double() for x in self.posterior(images))
+            n += len(images)
+            total = total.to(mean) + mean.sum(0)
+            square = square.to(mean) + (mean.square() + std.square()).sum(0)
+        if n < 2:
+            raise ValueError(f"got {n} images for the latent statistics, wanted at least 2; check the training split.")
+        self.latent_mean.copy_(total / n)
+        self.latent_scale.copy_((square / n - (total / n).square()).clamp_min(1e-6).sqrt())
+        return n
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the latent space: a hash of encoder, bottleneck, linear path and statistics (not the decoder)."""
+        digest = hashlib.sha256(json.dumps([self.encoder.spec, self.bottleneck.spec], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith(("encoder.", "bottleneck.", "linear_path.", "latent_")):
+                digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> Path:
+        """Write config.json, model.safetensors and README.md (the model card) to `folder`."""
+        return save_module(self, folder, card)
+
+    def push_to_hub(self, repo_id: str, card: str | None = None, **upload: Any) -> str:
+        """Export and upload to the Hub as `repo_id`; keyword arguments go to `HfApi.create_repo`."""
+        return push_module(self, repo_id, card, **upload)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "Tokenizer":
+        """Load an exported folder, or a Hub repository by id; in eval mode.
+
+        Raises FileNotFoundError for a missing folder and ValueError for another kind of model, a newer format or
+        weights of another shape.
+        """
+        return load_module(cls, path, revision)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def check_images(self, images: Tensor) -> None:
+        size = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"got images of shape {tuple(images.shape)}, wanted (B, 3, {size}, {size}); resize them.")
+        if not images.is_floating_point():
+            raise ValueError(f"got images of dtype {images.dtype}, wanted float in [-1, 1]; use x / 127.5 - 1.")
+        if not torch.compiler.is_compiling() and not self.training:
+            low, high = images.amin().item(), images.amax().item()
+            if not (low >= -1.01 and high <= 1.01):  # also false for NaN
+                raise ValueError(f"got pixels within [{low:.3g}, {high:.3g}], wanted finite values in [-1, 1].")
+
+    def check_length(self, k: int) -> int:
+        if not 1 <= k <= self.num_latents:
+            raise ValueError(f"got {k} latents, wanted a prefix of 1 to {self.num_latents}.")
+        return k
