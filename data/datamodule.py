@@ -13,7 +13,7 @@ workers. A batch is a dictionary:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class ShardDataModule(LightningDataModule):
         seed: of the order.
         in_memory: hold the decoded samples; None: where they fit into 2 GB.
         drop_last: leave out the last training samples of an epoch where they do not fill a batch.
-        predict_split: the split that `predict` goes over.
+        predict_splits: the splits that `predict` goes over, one loader each.
     """
 
     kind: str
@@ -53,17 +53,18 @@ class ShardDataModule(LightningDataModule):
         seed: int = 0,
         in_memory: bool | None = None,
         drop_last: bool = False,
-        predict_split: str = "val",
+        predict_splits: Sequence[str] = SPLITS,
     ) -> None:
         super().__init__()
-        if predict_split not in SPLITS:
-            raise DataError(f"predict_split is {predict_split!r}, wanted one of {', '.join(SPLITS)}")
+        unknown = [split for split in predict_splits if split not in SPLITS]
+        if unknown or not predict_splits:
+            raise DataError(f"predict_splits is {list(predict_splits)!r}, wanted some of {', '.join(SPLITS)}")
         if num_workers < 0:
             raise DataError(f"num_workers is {num_workers}, wanted 0 or more")
         self.data_dir = data_dir
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.seed, self.in_memory, self.drop_last = num_workers, seed, in_memory, drop_last
-        self.predict_split = predict_split
+        self.predict_splits = tuple(predict_splits)
         self._sets: dict[str, ShardDataset] = {}
         self._order: BatchOrder | None = None
         self._resume: dict[str, int] | None = None
@@ -119,9 +120,10 @@ class ShardDataModule(LightningDataModule):
         """The val split: what a report is made of."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """`predict_split` in stored order."""
-        return self._loader(self.predict_split, self._make_order(self.predict_split, self.val_batch_size))
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """The `predict_splits` in stored order; a split without shards is left out."""
+        present = [split for split in self.predict_splits if self.manifest()["counts"].get(split)]
+        return [self._loader(split, self._make_order(split, self.val_batch_size)) for split in present]
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict[str, Any]:
         """Move the tensors; texts and attributes are not walked through."""
@@ -174,10 +176,10 @@ class ImageDataModule(ShardDataModule):
         seed: int = 0,
         in_memory: bool | None = None,
         drop_last: bool = False,
-        predict_split: str = "val",
+        predict_splits: Sequence[str] = SPLITS,
         flip: float = 0.0,
     ) -> None:
-        super().__init__(data_dir, batch_size, val_batch_size, num_workers, seed, in_memory, drop_last, predict_split)
+        super().__init__(data_dir, batch_size, val_batch_size, num_workers, seed, in_memory, drop_last, predict_splits)
         if not 0.0 <= flip <= 1.0:
             raise DataError(f"flip is {flip}, it is a probability from 0 to 1")
         self.image_size, self.flip = image_size, flip

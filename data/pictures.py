@@ -21,6 +21,9 @@ MAX_PIXELS = 64_000_000  # a header that claims more is refused before a byte is
 MEMBER_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
 
+# PIL warns of large pictures where `open_picture` refuses them, a few lines on.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 class PictureError(DataError):
     """A picture that cannot be used; `reason` is one word of the drop counts."""
@@ -39,9 +42,9 @@ def open_picture(data: bytes, formats: tuple[str, ...] = READ_FORMATS, max_pixel
     if not data:
         raise PictureError("empty", "the picture has zero bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL warns where this raises, a few lines on
-            picture = Image.open(io.BytesIO(data), formats=formats)
+        picture = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise PictureError("too many pixels", f"over {max_pixels} pixels: {_short(error)}") from error
     except Exception as error:  # PIL raises many kinds on hostile bytes; all mean the same here
         raise PictureError("unreadable", f"not one of {', '.join(formats)}: {_short(error)}") from error
     if picture.width * picture.height > max_pixels:

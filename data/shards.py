@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,28 +102,68 @@ def index_tar(path: Path) -> list[Entry]:
     """
     entries: list[Entry] = []
     seen: set[str] = set()
+    for name, place in member_places(path):
+        key, member = split_member(name)
+        if entries and entries[-1].key == key:
+            if member in entries[-1].members:
+                raise DataError(f"{path} holds {name} twice; write it again")
+            entries[-1].members[member] = place
+            continue
+        if key in seen:
+            raise DataError(f"{path} holds the members of key {key} in two places; write it again")
+        seen.add(key)
+        entries.append(Entry(key, {member: place}))
+    return entries
+
+
+def member_places(path: Path) -> Iterator[tuple[str, Place]]:
+    """Yield (name, place) of every file in a tar, in order.
+
+    Plain headers, those that this program and WebDataset write, are read directly, which is ten times faster than
+    `tarfile`; from the first header of another kind on (long names, links, extensions), `tarfile` reads the rest.
+
+    Raises:
+        DataError: the tar is truncated, or not a tar.
+    """
     size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if not info.isfile():
-                    continue
-                if info.offset_data + info.size > size:
-                    raise DataError(f"{path} is truncated inside member {info.name}; write or fetch it again")
-                key, member = split_member(info.name)
-                place = Place(info.offset_data, info.size)
-                if entries and entries[-1].key == key:
-                    if member in entries[-1].members:
-                        raise DataError(f"{path} holds {info.name} twice; write it again")
-                    entries[-1].members[member] = place
-                    continue
-                if key in seen:
-                    raise DataError(f"{path} holds the members of key {key} in two places; write it again")
-                seen.add(key)
-                entries.append(Entry(key, {member: place}))
-    except (tarfile.TarError, EOFError) as error:
+        with open(path, "rb") as file:
+            header = file.read(_BLOCK)
+            offset = 0
+            while header[:1] not in (b"", b"\0"):
+                # A plain file's octal size, type "0", and no prefix to its name.
+                if len(header) < _BLOCK or header[156:157] != b"0" or header[345:346] != b"\0" or header[124] & 0x80:
+                    break
+                length = int(header[124:136].rstrip(b"\0 "), 8)
+                if sum(header[:148]) + sum(header[156:]) + 256 != int(header[148:156].rstrip(b"\0 "), 8):
+                    break
+                offset += _BLOCK
+                if offset + length > size:
+                    raise DataError(f"{path} is truncated inside member {_name(header)}; write or fetch it again")
+                yield _name(header), Place(offset, length)
+                offset += -(-length // _BLOCK) * _BLOCK
+                file.seek(offset)
+                header = file.read(_BLOCK)
+            else:
+                if not header:
+                    raise DataError(f"{path} ends without the end of a tar; it is truncated, write or fetch it again")
+                return
+            file.seek(offset)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    if not info.isfile():
+                        continue
+                    if info.offset_data + info.size > size:
+                        raise DataError(f"{path} is truncated inside member {info.name}; write or fetch it again")
+                    yield info.name, Place(info.offset_data, info.size)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path} is not a readable tar ({error}); write or fetch it again") from error
-    return entries
+
+
+def _name(header: bytes) -> str:
+    return header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
 def split_member(name: str) -> tuple[str, str]:

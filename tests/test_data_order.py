@@ -1,0 +1,172 @@
+"""The order of the samples: the same on any number of ranks and workers, and across a restart at any step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.datamodule import ImageDataModule
+from data.order import BatchOrder, permutation
+from data.prepare import PrepareConfig, run
+from data.schema import DataError
+from data.sources import SourceConfig
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scenes")
+    config = PrepareConfig(SourceConfig("scenes", num=120, size=16), size=16, format="png", val_fraction=0.2, shard_size=40)
+    run(config, out, 1, lambda *_: None)
+    return out
+
+
+def keys_of(order: BatchOrder, epoch: int) -> list[int]:
+    order.set_epoch(epoch)
+    return [sample for batch in order for sample in batch.samples]
+
+
+def interleaved(orders: list[BatchOrder], epoch: int) -> list[int]:
+    """Put the samples of all ranks back together in the global order."""
+    for order in orders:
+        order.set_epoch(epoch)
+    sequence: list[int] = []
+    for batches in zip(*orders, strict=True):
+        rows = [list(batch.samples) for batch in batches]
+        for i in range(len(rows[0])):
+            sequence += [row[i] for row in rows if i < len(row)]
+    return sequence
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_order_does_not_depend_on_ranks(world: int) -> None:
+    total, together = 103, 12
+    for epoch in (0, 3):
+        orders = [BatchOrder(total, together // world, seed=5, rank=r, world=world) for r in range(world)]
+        assert interleaved(orders, epoch) == permutation(5, epoch, total).tolist()
+        assert len({len(order) for order in orders}) == 1
+
+
+def test_every_sample_once_per_epoch_and_epochs_differ() -> None:
+    order = BatchOrder(50, 8, seed=1)
+    first, second = keys_of(order, 0), keys_of(order, 1)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first == keys_of(BatchOrder(50, 8, seed=1), 0) != keys_of(BatchOrder(50, 8, seed=2), 0)
+
+
+def test_drop_last_leaves_out_only_the_remainder() -> None:
+    order = BatchOrder(50, 8, drop_last=True)
+    assert [len(batch.samples) for batch in order] == [8] * 6 and len(order) == 6
+    with pytest.raises(DataError, match="do not fill one batch"):
+        BatchOrder(50, 32, world=2, drop_last=True)
+
+
+def test_ranks_stay_equal_when_the_last_samples_do_not_suffice() -> None:
+    orders = [BatchOrder(9, 2, rank=r, world=4, shuffle=False) for r in range(4)]
+    batches = [[len(batch.samples) for batch in order] for order in orders]
+    assert batches == [[2, 1]] * 4  # the ninth sample goes to all four
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_restart_continues_behind_the_samples_seen_also_with_other_ranks(world: int) -> None:
+    whole = permutation(7, 2, 60).tolist()
+    for seen in (0, 8, 24, 56, 60):
+        orders = [BatchOrder(60, 6, seed=7, rank=r, world=world) for r in range(world)]
+        for order in orders:
+            order.set_start(epoch=2, samples=seen, batches=seen // 8)
+        assert interleaved(orders, 2) == whole[seen:]
+        assert interleaved(orders, 3) == permutation(7, 3, 60).tolist()
+
+
+def test_steps_of_a_restarted_epoch_count_those_before() -> None:
+    order = BatchOrder(60, 6)
+    order.set_start(epoch=0, samples=24, batches=3)  # three steps of eight, then steps of six
+    assert len(order) == 3 + 6
+    assert order.samples_after(4) == 30
+    order.set_epoch(1)
+    assert len(order) == 10 and order.samples_after(1) == 6
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_batches_do_not_depend_on_workers(scenes: Path, in_memory: bool) -> None:
+    def batches(workers: int) -> list[dict[str, Any]]:
+        module = ImageDataModule(str(scenes), 16, image_size=16, num_workers=workers, seed=3, in_memory=in_memory, flip=0.5)
+        return list(module.train_dataloader())
+
+    reference = batches(0)
+    for workers in (1, 3):
+        for got, wanted in zip(batches(workers), reference, strict=True):
+            assert got["keys"] == wanted["keys"] and got["captions"] == wanted["captions"]
+            assert torch.equal(got["images"], wanted["images"])
+
+
+def test_shuffle_leaves_no_trace_of_the_stored_order() -> None:
+    """The rank correlation of stored and shuffled place is that of chance, and neighbours are parted."""
+    total = 20_000
+    order = permutation(0, 0, total)
+    correlation = np.corrcoef(order, np.arange(total))[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(total)
+    near = np.mean(np.abs(np.diff(order)) < total // 100)  # chance: 2 %
+    assert near == pytest.approx(0.02, abs=0.005)
+
+
+class Recorder(lightning.LightningModule):
+    """One weight that is trained on the mean picture; remembers the keys it saw."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.keys: list[str] = []
+        self.stop_after = stop_after
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        self.keys += batch["keys"]
+        return (self.weight - batch["images"].mean()) ** 2
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.stop_after is not None and self.trainer.global_step == self.stop_after:
+            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "place.ckpt")
+            self.trainer.should_stop = True
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(scenes: Path, root: Path, stop_after: int | None, workers: int, ckpt: Path | None, batch_size: int = 16) -> Recorder:
+    model = Recorder(stop_after)
+    trainer = lightning.Trainer(
+        default_root_dir=root,
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = ImageDataModule(str(scenes), batch_size, image_size=16, seed=11, num_workers=workers)
+    trainer.fit(model, datamodule=module, ckpt_path=ckpt)
+    return model
+
+
+@pytest.mark.parametrize(("stop_after", "workers"), [(1, 0), (4, 2), (6, 0), (9, 0)])
+def test_resumed_training_sees_exactly_the_samples_it_would_have_seen(
+    scenes: Path, tmp_path: Path, stop_after: int, workers: int
+) -> None:
+    whole = fit(scenes, tmp_path, None, 0, None)
+    first = fit(scenes, tmp_path, stop_after, 0, None)
+    second = fit(scenes, tmp_path, None, workers, tmp_path / "place.ckpt")
+    assert first.keys + second.keys == whole.keys
+    assert torch.equal(second.weight, whole.weight)
+
+
+def test_resumed_training_may_change_its_batch_size(scenes: Path, tmp_path: Path) -> None:
+    whole = fit(scenes, tmp_path, None, 0, None)
+    first = fit(scenes, tmp_path, 3, 0, None)
+    second = fit(scenes, tmp_path, None, 0, tmp_path / "place.ckpt", batch_size=8)
+    assert first.keys + second.keys == whole.keys
