@@ -118,7 +118,9 @@ class EMAWeights(pl.Callback):
         if self._loaded is not None:
             self.ema.load_state_dict(self._loaded)
             self._loaded = None
-        self._seen_step = trainer.global_step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen_step = trainer.global_step  # of the resumed run, which is not known before
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
