@@ -147,5 +147,3 @@ def collect_features(
     if not parts:
         raise ValueError("got no pictures to take features of, wanted at least one batch")
     return torch.cat(parts)
-
-

@@ -13,16 +13,11 @@ Both stages use it; it knows nothing about tokenizers.
 """
 
 import base64
-import datetime
 import html
-import importlib.metadata
 import io
 import json
 import math
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from stage1_tokenizer.metrics import Skipped
+from stage1_tokenizer.run_folder import describe_process
 
 GAP = 2  # pixels between pictures of a strip, before scaling
 SERIES_COLOURS = ("#3b6fd4", "#d9822b", "#2a9d6f", "#b14fc5", "#c2424d", "#7a7f87")
@@ -112,20 +108,16 @@ def png(image: Image.Image) -> bytes:
 
 
 def provenance(seed: int | None = None) -> dict[str, str]:
-    """Where figures come from: command, date, commit of this code (with "+" if changed), seed, versions, machine."""
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
-    packages = ("torch", "torchvision", "lightning", "open-clip-torch", "timm", "torchmetrics", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    """Where figures come from: command, date, commit of this code, seed, versions, device."""
+    process = describe_process()
+    versions = {"Python": process["python"], **process["versions"]}
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": (commit.stdout.strip() + ("+" if changed.stdout.strip() else "")) or "not in a git checkout",
+        "command": " ".join(process["command"]),
+        "date": process["started"],
+        "commit": process["commit"] or "not in a git checkout",
         "seed": "not given" if seed is None else str(seed),
-        "versions": f"Python {platform.python_version()}, " + ", ".join(f"{n} {v}" for n, v in versions.items()),
-        "device": device,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "device": f"{process['device']}, {process['torch_threads']} threads",
     }
 
 
@@ -168,7 +160,7 @@ class Report:
         light, dark = (_draw_curve(x_label, y_label, series, ink) for ink in INK.values())
         self._files[f"{_slug(heading)}.png"] = light
         figure = (
-            f'<figure><figcaption>{_text(heading)}</figcaption><picture>'
+            f"<figure><figcaption>{_text(heading)}</figcaption><picture>"
             f'<source srcset="{_data_uri(dark)}" media="(prefers-color-scheme: dark)">'
             f'<img src="{_data_uri(light)}" alt="{_text(heading)}"></picture></figure>'
         )
@@ -224,7 +216,7 @@ class Report:
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{_text(self.title)}</title><style>{STYLE}</style></head><body><main>"
             f'<h1>{_text(self.title)}</h1><p class="soft">{_text(self.subtitle)}</p>'
-            f'{"".join(self._parts)}</main></body></html>\n'
+            f"{''.join(self._parts)}</main></body></html>\n"
         )
 
     def write(self, folder: str | Path, metrics: Mapping[str, Any]) -> Path:

@@ -32,8 +32,14 @@ def test_ssim_agrees_with_scikit_image(pictures: torch.Tensor) -> None:
     noisy = (pictures + 0.2 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
     expected = [
         structural_similarity(
-            a.double().permute(1, 2, 0).numpy(), b.double().permute(1, 2, 0).numpy(), channel_axis=2, data_range=2.0,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False, win_size=11,
+            a.double().permute(1, 2, 0).numpy(),
+            b.double().permute(1, 2, 0).numpy(),
+            channel_axis=2,
+            data_range=2.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            win_size=11,
         )
         for a, b in zip(noisy, pictures, strict=True)
     ]

@@ -1,0 +1,165 @@
+"""The whole reconstruction report with a linear tokenizer on small scenes: figures are those of PCA, the page opens."""
+
+import json
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.scenes import Scenes, captions_of
+from stage1_tokenizer.classifier import AttributeClassifier, Budget, report_classifier
+from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.pca import PCA
+from stage1_tokenizer.reconstruction import prefix_lengths, reconstruction_report
+
+
+class FakeData:
+    """Scenes of 16 pixels with the data module's methods; a manifest on disk, as its fingerprint."""
+
+    def __init__(self, folder: Path, train: int = 80, val: int = 24) -> None:
+        self.data_dir = str(folder)
+        (folder / "manifest.json").write_text('{"scenes": 1}')
+        scenes, pixels = Scenes(train + val, seed=3, size=16).draw(np.arange(train + val))
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        self.splits: dict[str, dict[str, Any]] = {}
+        for name, rows in (("train", slice(0, train)), ("val", slice(train, None))):
+            self.splits[name] = {
+                "images": images[rows],
+                "attributes": scenes[rows],
+                "captions": [captions_of(scene) for scene in scenes[rows]],
+                "labels": torch.full((len(scenes[rows]),), -1),
+            }
+
+    def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
+        return {name: values[:limit] for name, values in self.splits[split].items()}
+
+    def test_dataloader(self) -> Iterator[dict[str, Any]]:
+        val = self.splits["val"]
+        for start in range(0, len(val["images"]), 10):
+            yield {name: values[start : start + 10] for name, values in val.items()}
+
+
+class LinearTokenizer:
+    """PCA as a tokenizer of 4 latents of 8 floats; a caption's embedding is a hash, so retrieval is at chance."""
+
+    num_latents, latent_dim, image_size = 4, 8, 16
+
+    def __init__(self, images: torch.Tensor, text: object | None = None) -> None:
+        self.pca = PCA.fit(images, 32, torch.Generator().manual_seed(0))
+        self.text = text
+
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.pca.encode(images).unflatten(1, (4, 8))
+        return z, torch.full_like(z, 0.1)
+
+    def decode(self, z: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        return self.pca.decode(z.flatten(1))
+
+    def embed_text(self, captions: list[str]) -> torch.Tensor:
+        rows = [torch.randn(6, generator=torch.Generator().manual_seed(sum(map(ord, c)))) for c in captions]
+        return torch.nn.functional.normalize(torch.stack(rows), dim=1)
+
+    def embed_latents(self, z: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(z.flatten(1)[:, :6], dim=1)
+
+
+class References(HTMLParser):
+    """Collects whatever a page would load or link to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [value or "" for name, value in attributes if name in ("src", "href", "srcset")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, FakeData]:
+    folder = tmp_path_factory.mktemp("run")
+    data = FakeData(folder)
+    _keep_untrained_classifier(data, folder)
+    tokenizer = LinearTokenizer(data.splits["train"]["images"], text=object())
+    metrics = reconstruction_report(tokenizer, data, folder / "reconstruction", folder, probe_images=60)
+    return metrics, folder, data
+
+
+def _keep_untrained_classifier(data: FakeData, folder: Path) -> None:
+    """The cached classifier of the run, trained for two steps only: these tests do not look at its accuracy."""
+    assert isinstance(report_classifier(data, folder, budget=Budget(2, 20.0, batch_size=16)), AttributeClassifier)
+
+
+def test_prefix_lengths() -> None:
+    assert prefix_lengths(16) == [1, 2, 4, 8, 16]
+    assert prefix_lengths(24) == [1, 2, 4, 8, 16, 24]
+    assert prefix_lengths(1) == [1]
+
+
+def test_a_linear_tokenizer_scores_as_pca(made: tuple[dict[str, Any], Path, FakeData]) -> None:
+    metrics, _, data = made
+    for name in ("psnr", "ssim"):
+        assert metrics[name] == pytest.approx(metrics["pca"][name], abs=1e-3)
+    images = data.splits["val"]["images"]
+    pca = PCA.fit(data.splits["train"]["images"], 32, torch.Generator().manual_seed(0))
+    expected = psnr(pca.reconstruct(images, 16), images).mean().item()
+    assert metrics["psnr"][2] == pytest.approx(expected, abs=1e-3) and metrics["floats"][2] == 16
+    assert metrics["num_images"] == len(images)
+
+
+def test_metrics_file_holds_the_same_figures(made: tuple[dict[str, Any], Path, FakeData]) -> None:
+    metrics, folder, _ = made
+    kept = json.loads((folder / "reconstruction" / "metrics.json").read_text())
+    assert kept["psnr"] == {str(k): value for k, value in metrics["psnr"].items()}
+    assert {"classifier", "retrieval", "linear_probe", "latents", "provenance"} <= kept.keys()
+    assert kept["frechet[attribute-classifier]"]["n"] == metrics["num_images"]
+    assert {item["name"] for item in kept["skipped"]} >= {"frechet[inception-v3-compat]"}
+    assert kept["retrieval"]["long"]["chance"]["1"] > 0
+
+
+def test_page_stands_alone(made: tuple[dict[str, Any], Path, FakeData]) -> None:
+    _, folder, _ = made
+    page = (folder / "reconstruction" / "report.html").read_text()
+    references = References()
+    references.feed(page)
+    assert references.found and all(value.startswith("data:image/png;base64,") for value in references.found)
+    assert "http" not in page and "url(" not in page and "script" not in references.tags
+    assert {"h1", "table", "img", "dl"} <= set(references.tags)
+    assert list((folder / "reconstruction").glob("*.png"))
+
+
+def test_classifier_is_trained_once_per_run(
+    made: tuple[dict[str, Any], Path, FakeData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder, data = made
+    monkeypatch.setattr("stage1_tokenizer.classifier.fit_classifier", lambda *_: pytest.fail("trained again"))
+    assert report_classifier(data, folder) is not None
+
+
+def test_cost_of_text_against_a_baseline(made: tuple[dict[str, Any], Path, FakeData], tmp_path: Path) -> None:
+    metrics, folder, data = made
+    baseline = tmp_path / "metrics.json"
+    baseline.write_text(json.dumps({"psnr": {str(k): value + 1.5 for k, value in metrics["psnr"].items()}}))
+    tokenizer = LinearTokenizer(data.splits["train"]["images"])
+    again = reconstruction_report(
+        tokenizer, data, tmp_path / "out", folder, probe_images=40, baseline_metrics=str(baseline)
+    )
+    assert again["baseline"]["cost"] == pytest.approx(dict.fromkeys(metrics["psnr"], 1.5), abs=1e-4)
+    assert "retrieval" not in again and "retrieval" in {item["name"] for item in again["skipped"]}
+    with pytest.raises(ValueError, match="no file"):
+        reconstruction_report(tokenizer, data, tmp_path / "x", folder, baseline_metrics=str(tmp_path / "none.json"))
+
+
+def test_captions_alone_are_enough(tmp_path: Path) -> None:
+    data = FakeData(tmp_path, train=50, val=12)
+    for split in data.splits.values():
+        split["attributes"] = [{} for _ in split["attributes"]]
+    tokenizer = LinearTokenizer(data.splits["train"]["images"], text=object())
+    metrics = reconstruction_report(tokenizer, data, tmp_path / "out", tmp_path, limit=10)
+    assert metrics["num_images"] == 10 and "classifier" not in metrics
+    assert "frechet[random-conv-s0]" in metrics and "caption 3" in metrics["retrieval"]
