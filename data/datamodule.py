@@ -1,8 +1,8 @@
 """Lightning datamodules over image shards and over latent shards.
 
-The order of the training samples is that of `data.order`; the place in it is saved with every checkpoint, as the number
-of samples seen in the epoch, so that a resumed run sees exactly the samples it would have seen, also with other ranks or
-workers. A batch is a dictionary:
+The order of the training samples is that of `data.order`; the place in it is saved with every checkpoint, as the
+number of samples seen in the epoch, so that a resumed run sees exactly the samples it would have seen, also with other
+ranks or workers. A batch is a dictionary:
 
     images (B, 3, S, S) float32 in [-1, 1]    or    latents, latents_std (B, K, C) float32
     captions    list of lists of str, per sample and as stored (scenes: short, medium, long)
@@ -13,6 +13,7 @@ workers. A batch is a dictionary:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ class ShardDataModule(LightningDataModule):
         """Shuffled batches, from the place of a resumed checkpoint on."""
         self._order = self._make_order("train", self.batch_size, shuffle=True, drop_last=self.drop_last)
         if self._resume is not None:
-            self._order.set_start(**self._resume)
+            self._order.set_start(self._resume["epoch"], self._resume["samples"], self._resume["batches"])
+        if self.trainer is not None:
+            self._order.set_epoch(self.trainer.current_epoch)
         return self._loader("train", self._order)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -125,21 +128,32 @@ class ShardDataModule(LightningDataModule):
         present = [split for split in self.predict_splits if self.manifest()["counts"].get(split)]
         return [self._loader(split, self._make_order(split, self.val_batch_size)) for split in present]
 
-    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> dict[str, Any]:
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
         """Move the tensors; texts and attributes are not walked through."""
         return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
 
     def state_dict(self) -> dict[str, int]:
-        """Return the place in the order: epoch, steps of it, and samples of it that all ranks have seen."""
+        """Return the place in the order: epoch, its steps and samples done by all ranks, and samples per step."""
         if self.trainer is None or self._order is None:
             return {}
         # `processed` and not `completed`: the latter is one behind while the callbacks of a step run.
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
-        return {"epoch": self._order.epoch, "batches": batches, "samples": self._order.samples_after(batches)}
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        samples = self._order.samples_after(batches)
+        return {"epoch": self._order.epoch, "batches": batches, "samples": samples, "step": self._global_batch()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Remember the place; it takes effect when the training loader is made."""
-        self._resume = {name: int(state_dict[name]) for name in ("epoch", "batches", "samples")}
+        self._resume = {name: int(state_dict[name]) for name in ("epoch", "batches", "samples", "step")}
+        if self.trainer is not None and self._resume["step"] != self._global_batch():
+            # The resumed epoch has another number of steps than the next ones, and Lightning asks for it only once.
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        # Lightning cannot see that the order, and not the loader, knows its place.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+
+    def _global_batch(self) -> int:
+        return self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
 
     def _make_order(self, split: str, batch_size: int, shuffle: bool = False, drop_last: bool = False) -> BatchOrder:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

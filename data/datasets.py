@@ -122,7 +122,9 @@ class ImageSet(ShardDataset):
         seed: of the mirroring.
     """
 
-    def __init__(self, paths: list[Path], image_size: int, in_memory: bool | None, flip: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, paths: list[Path], image_size: int, in_memory: bool | None, flip: float = 0.0, seed: int = 0
+    ) -> None:
         self.image_size, self.flip, self.seed = image_size, flip, seed
         super().__init__(paths, in_memory)
 
@@ -133,7 +135,7 @@ class ImageSet(ShardDataset):
         names = self.reader.member_names(sample)
         member = next((name for name in IMAGE_MEMBERS if name in names), None)
         if member is None:
-            raise DataError(f"sample {self.reader.key(sample)} has members {names}, wanted one of {', '.join(IMAGE_MEMBERS)}")
+            raise DataError(f"sample {self.reader.key(sample)} has {names}, wanted one of {', '.join(IMAGE_MEMBERS)}")
         try:
             picture = decode(self.reader.read(sample, member) or b"")
         except PictureError as error:
@@ -161,7 +163,7 @@ class LatentSet(ShardDataset):
         content = self.reader.read(sample, LATENT_MEMBER)
         if content is None:
             raise DataError(
-                f"sample {self.reader.key(sample)} has members {self.reader.member_names(sample)}, wanted {LATENT_MEMBER}; "
+                f"sample {self.reader.key(sample)} has {self.reader.member_names(sample)}, wanted {LATENT_MEMBER}; "
                 "latent shards are written by: python -m stage1_tokenizer predict"
             )
         try:

@@ -104,7 +104,8 @@ def write_latent_manifest(
     directory = Path(data_dir)
     shards: dict[str, Any] = {}
     for split in SPLITS:
-        names = {p.with_suffix(".tar").name: json.loads(p.read_text()) for p in sorted((directory / split).glob("*.stats"))}
+        records = sorted((directory / split).glob("*.stats"))
+        names = {path.with_suffix(".tar").name: json.loads(path.read_text()) for path in records}
         shards |= {f"{split}/{name}": stats for name, stats in names.items()}
         if names:
             write_json(directory / split / "sizes.json", {name: stats["count"] for name, stats in names.items()})

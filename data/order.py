@@ -1,10 +1,10 @@
 """The order of the samples: a pure function of (seed, epoch, start), cut into batches for any number of ranks.
 
 An epoch is one permutation of all samples. A step takes the next `batch_size * world` samples of it, and rank r gets
-every world-th of them from r on; so the samples of a step do not depend on the ranks, as long as the global batch is the
-same, and the sequence of samples does not depend on it at all. A restart gives the number of samples already seen and
-continues behind them, with as many ranks and workers as it likes. Nothing is drawn from a generator that would have to
-be saved.
+every world-th of them from r on; so the samples of a step do not depend on the ranks, as long as the global batch is
+the same, and the sequence of samples does not depend on it at all. A restart gives the number of samples already seen
+and continues behind them, with as many ranks and workers as it likes. Nothing is drawn from a generator that would have
+to be saved.
 """
 
 from __future__ import annotations

@@ -51,12 +51,15 @@ RELATIONS = {
     "left of": ((-8.0, 0.0), (8.0, 0.0)),
     "right of": ((8.0, 0.0), (-8.0, 0.0)),
 }
-WORDS = tuple(
-    "ant ape arm art bag bat bed bee box boy bus cap car cat cow cup dog ear egg eye fan fox gem hat hen ice ink jam jar "
-    "key leg map net nut oak owl pan pen pig pie rat sea sky sun toe toy van web yak zoo bear bell bird boat book cake "
-    "corn desk door drum duck fire fish frog gold hand iron jump kite lamp leaf lion milk moon nest park quiz rain ring "
-    "ship snow star tree vase wind wolf yarn zero apple beach bread chair cloud eagle field ghost horse juice knife "
-    "lemon mouse night ocean piano queen river sheep tiger train under video whale youth zebra".split()
+WORDS = (
+    *("ant", "ape", "arm", "art", "bag", "bat", "bed", "bee", "box", "boy", "bus", "cap", "car", "cat", "cow", "cup"),
+    *("dog", "ear", "egg", "eye", "fan", "fox", "gem", "hat", "hen", "ice", "ink", "jam", "jar", "key", "leg", "map"),
+    *("net", "nut", "oak", "owl", "pan", "pen", "pig", "pie", "rat", "sea", "sky", "sun", "toe", "toy", "van", "web"),
+    *("bear", "bell", "bird", "boat", "book", "cake", "corn", "desk", "door", "drum", "duck", "fire", "fish", "frog"),
+    *("gold", "hand", "iron", "jump", "kite", "lamp", "leaf", "lion", "milk", "moon", "nest", "park", "quiz", "rain"),
+    *("ring", "ship", "snow", "star", "tree", "vase", "wind", "wolf", "yarn", "zero", "apple", "beach", "bread"),
+    *("chair", "cloud", "eagle", "field", "ghost", "horse", "juice", "knife", "lemon", "mouse", "night", "ocean"),
+    *("piano", "queen", "river", "sheep", "tiger", "train", "under", "video", "whale", "youth", "zebra"),
 )
 _DRAWS = 40  # random numbers per scene; the columns are named in `_describe`
 _LIMIT = 1 << 40
@@ -124,8 +127,9 @@ class Scenes:
     def _describe(self, u: np.ndarray) -> dict[str, Any]:
         """Choose what is in the scene from its random numbers; boxes are x0, y0, x1, y1 in pixels."""
         count = 1 + int(u[0] * self.max_objects)
-        objects = [
-            {"shape": _pick(SHAPES, u[8 + 8 * j]), "colour": _pick(COLOURS, u[9 + 8 * j]), "size": _pick(SIZES, u[10 + 8 * j])}
+        options = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES)}
+        objects: list[dict[str, Any]] = [
+            {name: _pick(values, u[8 * (j + 1) + i]) for i, (name, values) in enumerate(options.items())}
             for j in range(count)
         ]
         for j in range(1, count):  # no two objects that a caption could not tell apart
@@ -157,7 +161,7 @@ class Scenes:
         return {"layout": layout, "background": _pick(BACKGROUNDS, u[2]), "objects": objects, "word": word}
 
     def _render(self, u: np.ndarray, scenes: list[dict[str, Any]]) -> np.ndarray:
-        B, S = len(scenes), self.size
+        S = self.size
         grid = np.arange(S, dtype=np.float32) + 0.5
         base = np.array([BACKGROUNDS[s["background"]] for s in scenes], np.float32)          # (B, 3)
         base += _colour_jitter(u[:, 32:35])
@@ -167,7 +171,8 @@ class Scenes:
         images = base[:, None, None, :] + (height * ramp)[..., None]                         # (B, S, S, 3)
         for j in range(self.max_objects):
             for shape in SHAPES:  # one call of a distance function for all scenes whose object j has this shape
-                rows = np.array([b for b, s in enumerate(scenes) if len(s["objects"]) > j and s["objects"][j]["shape"] == shape])
+                of_shape = [shape in (item["shape"] for item in s["objects"][j : j + 1]) for s in scenes]
+                rows = np.flatnonzero(of_shape)
                 if not rows.size:
                     continue
                 boxes = np.array([scenes[b]["objects"][j]["box"] for b in rows], np.float32)
@@ -194,7 +199,7 @@ def captions_of(scene: dict[str, Any]) -> list[str]:
     `size`, `box` and, in a scene of three, `place`) and `word` (None when there is none).
     """
     objects, layout = scene["objects"], scene["layout"]
-    short = _listed([f"a {o['colour']} {o['shape']}" if o["colour"] != "orange" else f"an orange {o['shape']}" for o in objects])
+    short = _listed([f"{'an' if o['colour'] == 'orange' else 'a'} {o['colour']} {o['shape']}" for o in objects])
     full = [f"a {o['size']} {o['colour']} {o['shape']}" for o in objects]
     where = {place: "in the center" if place == "center" else f"at the {place}" for place in PLACES}
     if len(objects) == 1:
@@ -218,12 +223,12 @@ def uniforms(seed: int, indices: np.ndarray, draws: int) -> np.ndarray:
         raise DataError(f"--seed is {seed}, it must be from 0 to 2**40 - 1")
     with np.errstate(over="ignore"):
         z = np.asarray(indices, np.uint64)[:, None] * np.uint64(draws) + np.arange(draws, dtype=np.uint64)
-        for salt in (np.uint64(seed), np.uint64(0)):  # two rounds, so that neighbouring seeds share nothing
-            z = (z + salt + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-    return (z >> np.uint64(11)).astype(np.float64) / 2**53
+        for salt in (seed, 0):  # two rounds, so that neighbouring seeds share nothing
+            z = (z + np.uint64(salt + 1)) * np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ np.right_shift(z, np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ np.right_shift(z, np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ np.right_shift(z, np.uint64(31))
+    return np.right_shift(z, np.uint64(11)).astype(np.float64) / 2**53
 
 
 @functools.cache
@@ -236,7 +241,7 @@ def word_mask(word: str, size: int) -> np.ndarray:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Return the distance to the edge of a shape of radius `r` at the origin, in pixels, negative inside; y grows down."""
+    """Return the distance to the edge of a shape of radius `r` at the origin, negative inside; y grows downwards."""
     if shape == "circle":
         return np.hypot(x, y) - r * 0.92
     if shape == "square":

@@ -138,5 +138,6 @@ def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); delete it and run prepare again") from error
     if manifest.get("schema") != SCHEMA_VERSION:
-        raise DataError(f"{path} has schema {manifest.get('schema')!r}, this program reads {SCHEMA_VERSION}; prepare again")
+        found = manifest.get("schema")
+        raise DataError(f"{path} has schema {found!r}, this program reads {SCHEMA_VERSION}; prepare again")
     return manifest

@@ -48,7 +48,7 @@ class ShardWriter:
         self._keys.add(key)
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._part, "wb")
+            self._file = open(self._part, "wb")  # noqa: SIM115 - closed by __exit__
         for member, content in members.items():
             info = tarfile.TarInfo(f"{key}.{member}")
             info.size, info.mode = len(content), 0o644
@@ -225,7 +225,7 @@ class ShardReader:
         try:
             parsed = json.loads(content)
         except ValueError as error:
-            raise DataError(f"{self.key(sample)}.json is not valid JSON ({error}); run: python -m data verify") from error
+            raise DataError(f"{self.key(sample)}.json is not JSON ({error}); run: python -m data verify") from error
         return parsed if isinstance(parsed, dict) else {}
 
     def captions(self, sample: int, record: dict[str, Any] | None = None) -> list[str]:

@@ -21,7 +21,8 @@ from data.sources import SourceConfig
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scenes")
-    config = PrepareConfig(SourceConfig("scenes", num=120, size=16), size=16, format="png", val_fraction=0.2, shard_size=40)
+    source = SourceConfig("scenes", num=120, size=16)
+    config = PrepareConfig(source, size=16, format="png", val_fraction=0.2, shard_size=40)
     run(config, out, 1, lambda *_: None)
     return out
 
@@ -96,7 +97,9 @@ def test_steps_of_a_restarted_epoch_count_those_before() -> None:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_batches_do_not_depend_on_workers(scenes: Path, in_memory: bool) -> None:
     def batches(workers: int) -> list[dict[str, Any]]:
-        module = ImageDataModule(str(scenes), 16, image_size=16, num_workers=workers, seed=3, in_memory=in_memory, flip=0.5)
+        module = ImageDataModule(
+            str(scenes), 16, image_size=16, num_workers=workers, seed=3, in_memory=in_memory, flip=0.5
+        )
         return list(module.train_dataloader())
 
     reference = batches(0)
@@ -138,7 +141,9 @@ class Recorder(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(scenes: Path, root: Path, stop_after: int | None, workers: int, ckpt: Path | None, batch_size: int = 16) -> Recorder:
+def fit(
+    scenes: Path, root: Path, stop_after: int | None, workers: int, ckpt: Path | None, batch_size: int = 16
+) -> Recorder:
     model = Recorder(stop_after)
     trainer = lightning.Trainer(
         default_root_dir=root,
