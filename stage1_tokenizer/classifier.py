@@ -16,7 +16,6 @@ or seconds, whichever ends first. Letters: N pictures, S slots, D features.
 import hashlib
 import itertools
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -28,11 +27,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from stage1_tokenizer.attributes import Slots
 from stage1_tokenizer.precision import matmul_dtype
 
-log = logging.getLogger(__name__)
 HELD_BACK = 2000  # training pictures set aside for the stopping decision
 
 
@@ -189,9 +188,11 @@ def fit_classifier(
     classifier.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=budget.learning_rate, weight_decay=0.02)
     dtype = matmul_dtype(torch.device(device))
+    bar = tqdm(total=100, desc=f"train {classifier.feature_name}", unit="%", disable=None, leave=False)
     start, order, accuracy = time.monotonic(), torch.empty(0, dtype=torch.long), 0.0
     for step in range(1, budget.steps + 1):
         progress = max(step / budget.steps, (time.monotonic() - start) / budget.seconds)
+        bar.update(min(int(100 * progress), 100) - bar.n)
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * max(min(progress / 0.2, (1 - progress) / 0.8), 0.01)
         if len(order) < budget.batch_size:
@@ -211,9 +212,12 @@ def fit_classifier(
         if ended or step % budget.check_every == 0:
             accuracy = slot_accuracy(classifier, images[num_train:], targets[num_train:], device)["all"]
             elapsed = time.monotonic() - start
-            log.info("%s: step %d, %.0f s, all right %.4f", classifier.feature_name, step, elapsed, accuracy)
+            bar.write(
+                f"{classifier.feature_name}: step {step}, {elapsed:.0f} s, {accuracy:.2%} of set-aside pictures right"
+            )
             if ended or accuracy >= budget.target:
                 break
+    bar.close()
     classifier.eval()
     return accuracy
 
@@ -294,7 +298,7 @@ def load_classifier(folder: Path, fingerprint: str) -> Classifier | None:
         return None
     config = json.loads(config_path.read_text(encoding="utf-8"))
     if config["data"] != fingerprint:
-        log.info("the classifier in %s was trained on other data; training a new one", folder)
+        print(f"the classifier in {folder} was trained on other data; training a new one")
         return None
     slots = Slots(config["slots"])
     classifier: Classifier

@@ -12,15 +12,13 @@ figure needs and does not find is named in the report.
 Letters: N pictures, K latents, C channels, k prefix length, D features.
 """
 
-import json
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from stage1_tokenizer import reconstruction_page
@@ -38,7 +36,6 @@ from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.probes import class_prompts, embed_prefixes, linear_probe, retrieval_by_prefix, zero_shot
 from stage1_tokenizer.report import provenance
 
-log = logging.getLogger(__name__)
 PCA_BYTES = 2**30  # training pictures that PCA is fitted on, as float32
 RETRIEVAL_CAPTIONS = 1000
 NEIGHBOUR_PICTURES = 2000  # precision and recall compare all pairs
@@ -108,20 +105,19 @@ def reconstruction_report(
     run_dir: str | Path,
     limit: int = 2000,
     probe_images: int = 10_000,
-    baseline_metrics: str | None = None,
+    baseline: Mapping[str, Any] | None = None,
     lpips_trunk: str = "alex",
     inception_weights: str | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Measure `tokenizer` (in eval mode, on `device`) and write report.html, metrics.json and PNGs to `out_dir`.
+    """Measure `tokenizer` (in eval mode, on its own device) and write report.html, metrics.json and PNGs to `out_dir`.
 
     Args:
         datamodule: of the pictures; its test split is measured, its training split is fitted on.
         run_dir: keeps the report's classifier, which the generation report uses too.
         limit: held-out pictures to measure, the first ones.
         probe_images: training pictures for the linear probes.
-        baseline_metrics: metrics.json of the same run without text losses; the page then shows what text costs.
+        baseline: content of metrics.json of the same run without text losses; the page then shows what text costs.
         lpips_trunk: "alex", "vgg" or "squeeze"; left out by name where its weights are not cached.
         inception_weights: path of FID's Inception weights; left out by name without.
         seed: of the classifier, PCA's first directions and a stochastic decoder's noise.
@@ -129,14 +125,13 @@ def reconstruction_report(
     Returns:
         The content of metrics.json; entries by prefix length are dictionaries {k: value}.
     """
-    baseline = _read_baseline(baseline_metrics)
+    device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else torch.device("cpu")
     lengths = prefix_lengths(tokenizer.num_latents)
     channels = tokenizer.latent_dim
     skipped: list[Skipped] = []
 
     train = datamodule.arrays("train", limit=max(limit, probe_images))
     pca = _fit_pca(datamodule, train, tokenizer.num_latents * channels, seed, device)
-    log.info("report: PCA is fitted, %d floats", pca.num_floats)
     classifier = report_classifier(datamodule, run_dir, seed, device)
     extractors: list[FeatureExtractor] = [classifier if classifier is not None else RandomConvFeatures(0).to(device)]
     pair_metrics: dict[str, PairMetric] = {"psnr": psnr, "ssim": ssim}
@@ -175,35 +170,34 @@ def reconstruction_report(
     elif not all(held_out["captions"]):
         skipped.append(Skipped("retrieval", "held-out pictures have no captions", "prepare data with captions"))
     else:
-        metrics |= _text_metrics(tokenizer, held_out, train, lengths)
+        metrics |= _text_metrics(tokenizer, held_out, train, lengths, device)
     if baseline is not None:
-        both = [k for k in lengths if str(k) in baseline["psnr"]]
-        metrics["baseline"] = {
-            "path": baseline_metrics,
-            "psnr": {k: baseline["psnr"][str(k)] for k in both},
-            "cost": {k: baseline["psnr"][str(k)] - metrics["psnr"][k] for k in both},
-        }
+        metrics["baseline"] = _compare(baseline, metrics["psnr"])
     metrics["skipped"] = [vars(item) for item in skipped]
     metrics["provenance"] = provenance(seed)
     pictures = {"original": held_out["pictures"], "learned": learned.pictures, "pca": linear.pictures}
-    reconstruction_page.page(metrics, pictures, skipped).write(out_dir, metrics)
+    figures = reconstruction_page.headlines(metrics)
+    metrics["figures"] = [vars(figure) for figure in figures]
+    written = reconstruction_page.page(metrics, pictures, skipped).write(out_dir, metrics)
+    print("\n".join([f"reconstruction report: {written}", *map(str, figures)]))
     return metrics
 
 
-def _read_baseline(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ValueError(
-            f"got baseline_metrics {path}, which is no file; give the metrics.json of another run's report"
-        )
-    content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    return content
+def _compare(baseline: Mapping[str, Any], psnr_here: Mapping[int, float]) -> dict[str, Any]:
+    """PSNR of another run's metrics.json, whose keys are text, and what this run has less."""
+    if "psnr" not in baseline:
+        raise ValueError("got a baseline without psnr, wanted the metrics.json of another run's reconstruction report")
+    theirs = {k: baseline["psnr"][str(k)] for k in psnr_here if str(k) in baseline["psnr"]}
+    facts = baseline.get("provenance", {})
+    return {
+        "command": facts.get("command", ""),
+        "date": facts.get("date", ""),
+        "psnr": theirs,
+        "cost": {k: value - psnr_here[k] for k, value in theirs.items()},
+    }
 
 
-def _fit_pca(
-    datamodule: ReportData, train: dict[str, Any], num_floats: int, seed: int, device: torch.device | str
-) -> PCA:
+def _fit_pca(datamodule: ReportData, train: dict[str, Any], num_floats: int, seed: int, device: torch.device) -> PCA:
     """PCA of up to 25,000 training pictures, fewer where they are large."""
     limit = min(25_000, PCA_BYTES // (4 * train["images"][0].numel()))
     images = train["images"][:limit]
@@ -222,7 +216,7 @@ def _measure(
     pair_metrics: dict[str, PairMetric],
     extractors: Sequence[FeatureExtractor],
     seed: int,
-    device: torch.device | str,
+    device: torch.device,
 ) -> tuple[dict[str, Any], Measured, Measured]:
     """One pass over the held-out pictures: their latents and texts, and what both codes make of them."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -257,7 +251,7 @@ def _measure(
 
 
 @torch.inference_mode()
-def _encode(tokenizer: ReportTokenizer, images: Tensor, device: torch.device | str) -> Tensor:
+def _encode(tokenizer: ReportTokenizer, images: Tensor, device: torch.device) -> Tensor:
     return torch.cat([tokenizer.posterior(part.to(device))[0].cpu() for part in images.split(500)])
 
 
@@ -267,7 +261,7 @@ def _distances(
     linear: Measured,
     train_images: Tensor,
     extractors: Sequence[FeatureExtractor],
-    device: torch.device | str,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Frechet distance to the held-out pictures by k, with precision and recall, and of as many training pictures."""
     metrics = {}
@@ -346,10 +340,13 @@ def _probe(
 
 
 def _text_metrics(
-    tokenizer: ReportTokenizer, held_out: dict[str, Any], train: dict[str, Any], lengths: Sequence[int]
+    tokenizer: ReportTokenizer,
+    held_out: dict[str, Any],
+    train: dict[str, Any],
+    lengths: Sequence[int],
+    device: torch.device,
 ) -> dict[str, Any]:
     """Retrieval of every kind of caption by prefix, and zero-shot classes where pictures have labels."""
-    device = next(iter(tokenizer.parameters())).device if isinstance(tokenizer, torch.nn.Module) else "cpu"
     captions = held_out["captions"][:RETRIEVAL_CAPTIONS]
     prefixes = embed_prefixes(tokenizer, held_out["z"].to(device), lengths)
     few = {k: vectors[: len(captions)] for k, vectors in prefixes.items()}

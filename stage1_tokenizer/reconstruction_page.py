@@ -216,7 +216,7 @@ def _baseline_table(report: Report, baseline: Mapping[str, Any]) -> None:
         "What the text losses cost",
         ["PSNR", *(f"k = {k}" for k in lengths)],
         rows,
-        f"Against {baseline['path']}; a positive cost is PSNR lost.",
+        f"Against the run reported on {baseline['date']} ({baseline['command']}); a positive cost is PSNR lost.",
     )
 
 

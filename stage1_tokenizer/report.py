@@ -70,6 +70,9 @@ class Figure:
     value: str
     note: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value}" + (f" ({self.note})" if self.note else "")
+
 
 def image_strip(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
     """Pictures (N, 3, H, W) in [-1, 1] side by side (rows of `columns`), each pixel `scale` x `scale`; RGBA.

@@ -48,7 +48,7 @@ def test_slots_say_what_is_absent_and_spell_words() -> None:
     assert targets.shape == (3, len(slots.names)) and (targets >= 0).all()
     assert slots.words(targets) == ["", "cat", "zebra"]
     column = slots.names.index("object2.shape")
-    assert slots.classes["object2.shape"][targets[0, column]] == ""
+    assert slots.classes["object2.shape"][int(targets[0, column])] == ""
 
 
 def test_a_value_never_seen_is_never_right() -> None:

@@ -143,16 +143,13 @@ def test_classifier_is_trained_once_per_run(
 
 def test_cost_of_text_against_a_baseline(made: tuple[dict[str, Any], Path, FakeData], tmp_path: Path) -> None:
     metrics, folder, data = made
-    baseline = tmp_path / "metrics.json"
-    baseline.write_text(json.dumps({"psnr": {str(k): value + 1.5 for k, value in metrics["psnr"].items()}}))
+    baseline = {"psnr": {str(k): value + 1.5 for k, value in metrics["psnr"].items()}}
     tokenizer = LinearTokenizer(data.splits["train"]["images"])
-    again = reconstruction_report(
-        tokenizer, data, tmp_path / "out", folder, probe_images=40, baseline_metrics=str(baseline)
-    )
+    again = reconstruction_report(tokenizer, data, tmp_path / "out", folder, probe_images=40, baseline=baseline)
     assert again["baseline"]["cost"] == pytest.approx(dict.fromkeys(metrics["psnr"], 1.5), abs=1e-4)
     assert "retrieval" not in again and "retrieval" in {item["name"] for item in again["skipped"]}
-    with pytest.raises(ValueError, match="no file"):
-        reconstruction_report(tokenizer, data, tmp_path / "x", folder, baseline_metrics=str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="without psnr"):
+        reconstruction_report(tokenizer, data, tmp_path / "x", folder, probe_images=40, baseline={})
 
 
 def test_captions_alone_are_enough(tmp_path: Path) -> None:
