@@ -1,0 +1,175 @@
+"""Lightning side of stage 1: optimiser, logging, report and latent shards; the maths is in tokenizer.py.
+
+fit: trains a `Tokenizer` on image shards, then exports it (with latent statistics of the averaged weights) to
+`run_dir/tokenizer`. test: the reconstruction report. predict: latent shards for stage 2.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from data.latents import LatentShardWriter, write_latent_manifest
+from stage1_tokenizer.card import tokenizer_card
+from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage1_tokenizer.tokenizer import Tokenizer
+
+
+class LitTokenizer(pl.LightningModule):
+    """Trains, tests and applies a `Tokenizer`.
+
+    Args:
+        tokenizer: the model.
+        lr: AdamW's rate, for everything that is not a block matrix.
+        matrix_lr: Muon's rate, for block matrices.
+        warmup_steps: linear warm-up.
+        flat_fraction: share of the steps at full rate before the cosine begins.
+        long_captions: probability that the text loss uses a picture's longest caption, else any of its captions.
+        statistics_images: training images that the latent statistics are computed from.
+        linear_path_images: training images that a linear path is computed from.
+        report_images: held-out images that `test` reports on.
+        baseline_metrics: metrics.json of the same run without text losses, to report what they cost; None for none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        lr: float = 2.5e-3,
+        matrix_lr: float = 0.012,
+        warmup_steps: int = 30,
+        flat_fraction: float = 0.3,
+        long_captions: float = 0.75,
+        statistics_images: int = 20_000,
+        linear_path_images: int = 20_000,
+        report_images: int = 2_000,
+        baseline_metrics: str | None = None,
+    ):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.lr, self.matrix_lr, self.warmup_steps, self.flat_fraction = lr, matrix_lr, warmup_steps, flat_fraction
+        self.long_captions, self.statistics_images = long_captions, statistics_images
+        self.linear_path_images, self.report_images = linear_path_images, report_images
+        self.baseline_metrics = baseline_metrics
+        self.run_dir, self.stage_dir = Path("runs"), Path("runs")  # set by the command line
+        self.prefixes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < tokenizer.num_latents] + [tokenizer.num_latents]
+
+    @property
+    def networks(self) -> nn.Module:
+        return self.tokenizer
+
+    @property
+    def data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    # -- fit ----------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Learn from the training split what is fixed before the first step: vocabulary and linear path."""
+        if stage != "fit":
+            return
+        if self.tokenizer.text is not None:
+            left_out = self.tokenizer.vocabulary.fit(c for captions in self.data.captions("train") for c in captions)
+            if left_out:
+                print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
+        if self.tokenizer.linear_path is not None:
+            self.tokenizer.linear_path.fit(self.data.arrays("train", self.linear_path_images)["images"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = MuonAdamW(parameter_groups(self.tokenizer), lr=self.lr, matrix_lr=self.matrix_lr)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        parts = self.tokenizer.losses(batch["images"], self.caption_ids(batch), self.global_step)
+        loss = self.tokenizer.total(parts)
+        self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()} | {"train/loss": loss.detach()})
+        return loss
+
+    def caption_ids(self, batch: dict[str, Any]) -> Tensor | None:
+        """(B,L) ids of one caption per picture, drawn by `long_captions`; None without text or captions."""
+        if self.tokenizer.text is None or self.global_step % self.tokenizer.text.every or not all(batch["captions"]):
+            return None
+        u = torch.rand(len(batch["captions"]), 2).tolist()
+        chosen = [
+            max(captions, key=len) if a < self.long_captions else captions[int(b * len(captions))]
+            for captions, (a, b) in zip(batch["captions"], u, strict=True)
+        ]
+        return self.tokenizer.vocabulary.encode(chosen)[0].to(self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images = batch["images"]
+        z = self.tokenizer.encode(images)
+        for k in self.prefixes:
+            value = psnr(self.tokenizer.decode(z[:, :k]), images).mean()
+            self.log(f"val/psnr_{k}", value, batch_size=len(images), sync_dist=True)
+
+    # -- export -------------------------------------------------------------------------------------------------------
+
+    def export(self, folder: Path) -> None:
+        """Fit the latent statistics on the training split and write `folder/tokenizer`."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)):
+            self.tokenizer.fit_statistics(self.training_images(self.statistics_images))
+        figures = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
+        self.tokenizer.save_pretrained(folder / "tokenizer", tokenizer_card(self.tokenizer, figures))
+
+    def training_images(self, limit: int) -> Iterator[Tensor]:
+        loader = self.data.train_dataloader()
+        for batch in islice(loader, max(1, limit // self.data.batch_size)):
+            yield batch["images"].to(self.device)
+
+    def load_export(self, run_dir: Path) -> None:
+        self.tokenizer = Tokenizer.from_pretrained(run_dir / "tokenizer")
+
+    # -- test and predict ---------------------------------------------------------------------------------------------
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Nothing: the report reads whole splits, see `on_test_end`."""
+
+    def on_test_end(self) -> None:
+        from stage1_tokenizer.reconstruction import reconstruction_report  # plotting: only this command needs it
+
+        folder = self.run_dir / "reconstruction"
+        baseline = json.loads(Path(self.baseline_metrics).read_text()) if self.baseline_metrics else None
+        reconstruction_report(
+            self.tokenizer, self.data, folder, self.run_dir, limit=self.report_images, baseline=baseline
+        )
+
+    def on_predict_start(self) -> None:
+        self.latents_dir = self.run_dir / "latents"
+        self.writer: LatentShardWriter | None = None
+        self.writer_split = ""
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        split = self.data.predict_splits[dataloader_idx]
+        if split != self.writer_split:
+            self.close_writer()
+            self.writer_split = split
+            self.writer = LatentShardWriter(
+                self.latents_dir, split, rank=self.trainer.global_rank, world=self.trainer.world_size
+            ).__enter__()
+        assert self.writer is not None, "opened for the first batch"
+        self.writer.write_batch(batch, *self.tokenizer.posterior(batch["images"]))
+
+    def close_writer(self) -> None:
+        if self.writer is not None:
+            self.writer.__exit__(None, None, None)
+        self.writer = None
+
+    def on_predict_end(self) -> None:
+        self.close_writer()
+        self.trainer.strategy.barrier("latents")
+        if self.trainer.is_global_zero:
+            tok = self.tokenizer
+            write_latent_manifest(
+                self.latents_dir, tok.num_latents, tok.latent_dim, tok.fingerprint, str(self.data.data_dir)
+            )
+            print(f"latents: {self.latents_dir} ({tok.num_latents} x {tok.latent_dim}, tokenizer {tok.fingerprint})")
