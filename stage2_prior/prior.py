@@ -101,6 +101,10 @@ class Prior(Spec, nn.Module):
         """
         raise NotImplementedError
 
+    def evaluations(self, steps: int | None = None) -> int:
+        """Network evaluations of the head per latent that `sample` would spend."""
+        raise NotImplementedError
+
     def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
         """z (B,K,C), captions -> (B,K) nats per latent, log p(z_i | earlier latents, caption)."""
         raise NotImplementedError
@@ -303,6 +307,9 @@ class CausalPrior(Prior):
             shared = z_i if len(mask) == m else torch.cat([z_i, z_i])
             x = self.latent_in(shared).to(self.start.dtype)[:, None]  # (R,1,D)
         return torch.stack(line, dim=1)  # (B,K,C)
+
+    def evaluations(self, steps: int | None = None) -> int:
+        return self.head.plan(steps).evaluations
 
     @torch.no_grad()
     def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:

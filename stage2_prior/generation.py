@@ -1,0 +1,310 @@
+"""The generation report: what a prior's pictures and latents are worth, on held-out captions.
+
+Every held-out caption is sampled at each guidance scale and the pictures are read by a classifier that was trained on
+real ones. Four questions, four kinds of figures:
+
+* does a picture show what its caption says: every attribute right, by kind of caption, and separately for
+  combinations that no training picture has;
+* do the pictures look like the data: Frechet distance, precision and recall in named features, beside real against
+  real and reconstruction against real at the same n;
+* do the latents have the data's spread at every position (the drift meter: a prior whose errors add up drifts along
+  the line), data drawn as in training, posterior noise included;
+* what it costs: evaluations of the head and seconds per picture, decoding included.
+
+Same caption and different seeds must give different pictures: their spread is measured and shown.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.datamodule import ImageDataModule
+from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.classifier import Classifier, report_classifier
+from stage1_tokenizer.frechet import RandomConvFeatures, frechet_distance, precision_recall
+from stage1_tokenizer.precision import matmul_dtype
+from stage1_tokenizer.report import Figure, Report, provenance
+from stage2_prior.heads import FlowHead
+from stage2_prior.prior import Prior
+from stage2_prior.prior_data import PriorDataModule, longest
+
+
+@dataclass
+class Samples:
+    """Latents and pictures of all captions at one guidance scale, on the CPU, and what they cost."""
+
+    latents: Tensor  # (N,K,C)
+    images: Tensor  # (N,3,H,W)
+    seconds: float
+
+
+class GenerationReport:
+    """What `test` measures.
+
+    Args:
+        guidances: scales to compare; the headline figures are those of `guidance`.
+        guidance: the scale of headline figures, of the pictures and of the timing.
+        steps: evaluations of the head per latent (None: the head's default).
+        num_captions: held-out captions sampled at each scale.
+        batch_size: captions per call of `sample`.
+        images_dir: image shards that the latents were made from; None: `data/` of the run.
+        nll_lines: held-out lines whose exact likelihood is integrated (flow head only); 0 leaves it out.
+        seed: of the samples.
+    """
+
+    def __init__(
+        self,
+        guidances: list[float] | None = None,
+        guidance: float = 2.0,
+        steps: int | None = None,
+        num_captions: int = 1000,
+        batch_size: int = 250,
+        images_dir: str | None = None,
+        nll_lines: int = 200,
+        seed: int = 0,
+    ) -> None:
+        if num_captions < 8 or batch_size < 1:
+            raise ValueError(f"got num_captions={num_captions}, batch_size={batch_size}; want at least 8 and 1.")
+        self.guidances = sorted({*(guidances or [1.0, 1.5, 2.0, 3.0]), guidance, 1.0})
+        self.guidance, self.steps, self.num_captions, self.batch_size = guidance, steps, num_captions, batch_size
+        self.images_dir, self.nll_lines, self.seed = images_dir, nll_lines, seed
+
+    @torch.no_grad()
+    def write(self, prior: Prior, tokenizer: Tokenizer, data: PriorDataModule, run_dir: Path) -> Path:
+        """Measure, and write run_dir/generation; returns the page's path."""
+        prior.eval()
+        images = ImageDataModule(self.images_dir or str(run_dir / "data"), image_size=tokenizer.image_size)
+        held = data.arrays("val", self.num_captions)
+        real = images.arrays("val", len(held["keys"]))
+        if real["keys"] != held["keys"]:
+            raise ValueError(
+                f"the latents in {data.data_dir} and the pictures in {images.data_dir} are of different samples; write"
+                " the latents again with `python -m stage1_tokenizer predict`, or set images_dir."
+            )
+        captions = [longest(c) for c in held["captions"]]
+        classifier = report_classifier(images, run_dir)
+        extractor = RandomConvFeatures() if classifier is None else classifier
+        samples = {w: self.sample(prior, tokenizer, captions, w) for w in self.guidances}
+
+        metrics: dict[str, Any] = {"captions": len(captions), "features": extractor.feature_name, "seed": self.seed}
+        metrics["latents"] = self.spread(samples, held)
+        metrics["distances"] = self.distances(tokenizer, extractor, samples, held, real, images)
+        if classifier is not None:
+            groups = caption_groups(classifier, images, real)
+            metrics["faithfulness"] = {
+                str(w): faithfulness(classifier, s.images, real, groups) for w, s in samples.items()
+            }
+            metrics["faithfulness"]["real"] = faithfulness(classifier, real["images"], real, groups)
+            recon = tokenizer.decode(held["latents"].to(device_of(prior))).cpu()
+            metrics["faithfulness"]["reconstruction"] = faithfulness(classifier, recon, real, groups)
+            metrics["group_sizes"] = {name: int(rows.sum()) for name, rows in groups.items()}
+        metrics["cost"] = self.cost(prior, tokenizer, captions)
+        metrics["diversity"], same = self.diversity(prior, tokenizer, captions)
+        if self.nll_lines and isinstance(getattr(prior, "head", None), FlowHead):
+            metrics["nll"] = self.likelihood(prior, held, captions)
+        return self.page(metrics, samples, captions, real, same).write(run_dir / "generation", metrics)
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def sample(self, prior: Prior, tokenizer: Tokenizer, captions: list[str], guidance: float) -> Samples:
+        """Latents and pictures of all captions; matrix products in bfloat16 where that is fast."""
+        device = device_of(prior)
+        generator = torch.Generator(device=device).manual_seed(self.seed)
+        dtype = matmul_dtype(device)
+        start, latents, pictures = time.perf_counter(), [], []
+        for at in range(0, len(captions), self.batch_size):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                z = prior.sample(captions[at : at + self.batch_size], guidance, self.steps, generator=generator)
+                pictures.append(tokenizer.decode(z, generator).cpu())
+            latents.append(z.cpu())
+        return Samples(torch.cat(latents), torch.cat(pictures), time.perf_counter() - start)
+
+    def spread(self, samples: dict[float, Samples], held: dict[str, Any]) -> dict[str, Any]:
+        """The drift meter: standard deviation of samples over data by position, and its slope along the line."""
+        mean, std = held["latents"], held["latents_std"]
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(self.seed))
+        data = (mean + std * noise).var(dim=0).mean(dim=-1)  # (K,)
+        out: dict[str, Any] = {}
+        for w, s in samples.items():
+            ratio = (s.latents.var(dim=0).mean(dim=-1) / data).sqrt()  # (K,)
+            at = torch.linspace(-0.5, 0.5, len(ratio))
+            out[str(w)] = {
+                "std_ratio": ratio.tolist(),
+                "lowest": ratio.min().item(),
+                "highest": ratio.max().item(),
+                "slope_along_line": ((at * ratio).sum() / at.square().sum()).item() if len(ratio) > 1 else 0.0,
+                "overall": (s.latents.var(dim=0).mean() / data.mean()).sqrt().item(),
+            }
+        return out
+
+    def distances(
+        self,
+        tokenizer: Tokenizer,
+        extractor: Any,
+        samples: dict[float, Samples],
+        held: dict[str, Any],
+        real: dict[str, Any],
+        images: ImageDataModule,
+    ) -> dict[str, Any]:
+        """Frechet distance to the held-out pictures of samples, reconstructions and other real pictures, same n."""
+        n = len(real["images"])
+
+        def features(pictures: Tensor) -> Tensor:
+            return torch.cat([extractor.features(part) for part in pictures.split(self.batch_size)])
+
+        reference = features(real["images"])
+        device = tokenizer.latent_mean.device
+        recon = torch.cat([tokenizer.decode(z.to(device)).cpu() for z in held["latents"].split(self.batch_size)])
+        others = images.arrays("train", n)["images"]
+        out: dict[str, Any] = {
+            "n": n,
+            "features": extractor.feature_name,
+            "real_real": frechet_distance(reference, features(others)),
+            "reconstruction_real": frechet_distance(reference, features(recon)),
+            "generated_real": {},
+            "precision_recall": {},
+        }
+        for w, s in samples.items():
+            drawn = features(s.images)
+            out["generated_real"][str(w)] = frechet_distance(reference, drawn)
+            out["precision_recall"][str(w)] = precision_recall(reference, drawn)
+        return out
+
+    def cost(self, prior: Prior, tokenizer: Tokenizer, captions: list[str]) -> dict[str, Any]:
+        """Pictures per second of one warm call of `batch_size` captions, guidance on, decoding included."""
+        chosen = (captions * (self.batch_size // len(captions) + 1))[: self.batch_size]
+        seconds = min(self.sample(prior, tokenizer, chosen, self.guidance).seconds for _ in range(2))
+        return {
+            "images_per_second": len(chosen) / seconds,
+            "seconds_per_image": seconds / len(chosen),
+            "batch_size": len(chosen),
+            "guidance": self.guidance,
+            "evaluations_per_latent": prior.evaluations(self.steps),
+            "threads": torch.get_num_threads(),
+            "device": device_of(prior).type,
+        }
+
+    def diversity(self, prior: Prior, tokenizer: Tokenizer, captions: list[str]) -> tuple[dict[str, float], Tensor]:
+        """8 pictures of each of 8 captions: how far two seeds are apart, and the pictures (8,8,3,H,W)."""
+        chosen = list(dict.fromkeys(captions))[:8]
+        drawn = self.sample(prior, tokenizer, [c for c in chosen for _ in range(8)], self.guidance).images
+        same = drawn.unflatten(0, (len(chosen), 8))
+        apart = (same[:, :1] - same[:, 1:]).square().mean(dim=(2, 3, 4)).sqrt()  # (8,7)
+        spread = {"pixel_std_within_caption": same.std(dim=1).mean().item(), "rms_between_two_seeds": apart.mean().item()}
+        return {**spread, "smallest_rms_between_two_seeds": apart.min().item()}, same
+
+    def likelihood(self, prior: Prior, held: dict[str, Any], captions: list[str]) -> dict[str, Any]:
+        """Nats per latent of held-out lines (posterior samples), with and without solver steps halved."""
+        n = min(self.nll_lines, len(captions))
+        noise = torch.randn(held["latents"][:n].shape, generator=torch.Generator().manual_seed(self.seed))
+        z = (held["latents"][:n] + held["latents_std"][:n] * noise).to(device_of(prior))
+        fine, coarse = (prior.log_prob(z, captions[:n], steps).cpu() for steps in (16, 8))
+        return {
+            "lines": n,
+            "nats_per_latent": -fine.mean().item(),
+            "by_position": (-fine.mean(0)).tolist(),
+            "solver_error": (fine - coarse).abs().mean().item(),
+        }
+
+    # -- the page -----------------------------------------------------------------------------------------------------
+
+    def page(
+        self,
+        metrics: dict[str, Any],
+        samples: dict[float, Samples],
+        captions: list[str],
+        real: dict[str, Any],
+        same: Tensor,
+    ) -> Report:
+        report = Report("Generation", f"{len(captions)} held-out captions, guidance {self.guidance:g}")
+        key, cost, latents = str(self.guidance), metrics["cost"], metrics["latents"]
+        distances = metrics["distances"]
+        figures = [
+            Figure(
+                f"Frechet distance [{distances['features']}]",
+                f"{distances['generated_real'][key]:.1f}",
+                f"real-real {distances['real_real']:.1f}, reconstruction {distances['reconstruction_real']:.1f}"
+                f", n = {distances['n']}",
+            ),
+            Figure(
+                "spread of latents, samples / data",
+                f"{latents['1.0']['lowest']:.2f} to {latents['1.0']['highest']:.2f}",
+                "lowest and highest position, guidance 1",
+            ),
+            Figure(
+                "pictures per second",
+                f"{cost['images_per_second']:.0f}",
+                f"{cost['evaluations_per_latent']} evaluations per latent, batch {cost['batch_size']}, decoding included",
+            ),
+        ]
+        if "faithfulness" in metrics:
+            ours, best = metrics["faithfulness"][key], metrics["faithfulness"]["real"]
+            figures = [Figure(n, f"{v:.3f}", f"real pictures {best[n]:.3f}") for n, v in ours.items()][:4] + figures
+        report.figures(figures)
+        if "faithfulness" in metrics:
+            groups = list(metrics["faithfulness"]["real"])
+            rows = [[name, *(f"{v[g]:.3f}" for g in groups)] for name, v in metrics["faithfulness"].items()]
+            sizes = ", ".join(f"{name} {size}" for name, size in metrics["group_sizes"].items())
+            report.table(
+                "What the classifier reads, by guidance", ["guidance", *groups], rows, f"Captions per group: {sizes}."
+            )
+        rows = []
+        for name, spread in latents.items():
+            precision, recall = distances["precision_recall"][name]
+            cells = (precision, recall, spread["overall"], spread["lowest"], spread["highest"])
+            drift = f"{spread['slope_along_line']:+.3f}"
+            rows.append([name, f"{distances['generated_real'][name]:.1f}", *(f"{c:.3f}" for c in cells), drift])
+        columns = ["guidance", "Frechet", "precision", "recall", "std ratio", "lowest", "highest", "drift along the line"]
+        report.table("Distribution, by guidance", columns, rows)
+        line = list(range(1, len(latents[key]["std_ratio"]) + 1))
+        curves = {f"guidance {w}": (line, latents[w]["std_ratio"]) for w in latents}
+        report.curve("Spread of latents by position", "position", "std of samples / data", curves)
+        if "nll" in metrics:
+            nll = {"held-out lines": (line, metrics["nll"]["by_position"])}
+            report.curve("Negative log-likelihood by position", "position", "nats per latent", nll)
+        rows_shown = list(dict.fromkeys(captions))[:10]
+        first = [captions.index(c) for c in rows_shown]
+        report.grid(
+            "Captions by guidance",
+            ["held-out picture", *(f"guidance {w:g}" for w in samples)],
+            [(captions[i], [real["images"][i : i + 1], *(s.images[i : i + 1] for s in samples.values())]) for i in first],
+        )
+        seen = list(dict.fromkeys(captions))[: len(same)]
+        report.grid("One caption, eight seeds", [""], [(c, [same[i]]) for i, c in enumerate(seen)])
+        return report.provenance(provenance(self.seed))
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def caption_groups(classifier: Classifier, images: ImageDataModule, real: dict[str, Any]) -> dict[str, Tensor]:
+    """Rows of the held-out pictures by what they show, each (N,) bool; empty groups are left out."""
+    n = len(real["keys"])
+    groups = {"all": torch.ones(n, dtype=torch.bool)}
+    if all(real["attributes"]):
+        objects = torch.tensor([len(a["objects"]) for a in real["attributes"]])
+        groups |= {f"{int(k)} object{'s' if k > 1 else ''}": objects == k for k in objects.unique()}
+        trained = {tuple(row) for row in classifier.slots.targets(images.arrays("train")["attributes"]).tolist()}
+        known = [tuple(row) in trained for row in classifier.targets(real).tolist()]
+        seen = torch.tensor(known)
+        groups |= {"seen combination": seen, "unseen combination": ~seen}
+    return {name: rows for name, rows in groups.items() if bool(rows.any())}
+
+
+def faithfulness(
+    classifier: Classifier, images: Tensor, real: dict[str, Any], groups: dict[str, Tensor]
+) -> dict[str, float]:
+    """Share of pictures in which everything is read right, by group, and everything but shapes where there are some."""
+    predictions = torch.cat([classifier.predict(part) for part in images.split(250)])
+    right = predictions == classifier.targets(real)  # (N,S)
+    shapes = torch.tensor([name.endswith(".shape") for name in classifier.slots.names])
+    out = {name: right[rows].all(dim=1).float().mean().item() for name, rows in groups.items()}
+    if bool(shapes.any()):
+        rest = right[:, ~shapes].all(dim=1).float()
+        out |= {f"{name}, without shapes": rest[rows].mean().item() for name, rows in groups.items()}
+    return out

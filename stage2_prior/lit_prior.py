@@ -1,0 +1,176 @@
+"""LightningModule of stage 2: optimiser, logging, files. What a prior computes is in `prior`, what a report says in
+`generation`; there are no formulas here.
+
+    fit       trains on latent shards (mean + std * noise, the posterior sampled anew in every step), exports prior/
+    validate  the loss on the val split, with the same noise every time
+    test      the generation report: generation/report.html, metrics.json, pictures
+    predict   captions -> images/NAME.png and images/captions.json
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage2_prior.generation import GenerationReport
+from stage2_prior.prior import Prior, PriorError, Text
+from stage2_prior.prior_data import PriorDataModule, longest
+
+
+class LitPrior(pl.LightningModule):
+    """Trains and uses a prior.
+
+    Args:
+        prior: the network.
+        lr, matrix_lr: learning rates of AdamW and of Muon (block matrices).
+        weight_decay: of AdamW, on the parameters marked for it.
+        warmup_steps, flat_fraction: of the schedule (`optim.warmup_flat_cosine`).
+        long_captions: share of training samples that use their longest caption; the others draw one of all.
+        guidance, steps, temperature: of `predict`; see `Prior.sample`.
+        tokenizer_dir: exported tokenizer for test and predict; None: `tokenizer/` of the run.
+        report: what `test` measures.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        lr: float = 2e-3,
+        matrix_lr: float = 0.02,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 30,
+        flat_fraction: float = 0.3,
+        long_captions: float = 0.75,
+        guidance: float = 2.0,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        tokenizer_dir: str | None = None,
+        report: GenerationReport | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= long_captions <= 1:
+            raise PriorError(f"got long_captions={long_captions}, wanted a share from 0 to 1.")
+        self.prior = prior
+        self.lr, self.matrix_lr, self.weight_decay = lr, matrix_lr, weight_decay
+        self.warmup_steps, self.flat_fraction, self.long_captions = warmup_steps, flat_fraction, long_captions
+        self.guidance, self.steps, self.temperature = guidance, steps, temperature
+        self.tokenizer_dir, self.report = tokenizer_dir, report or GenerationReport()
+        self.run_dir, self.stage_dir = Path("."), Path(".")  # given by the command line
+        self.tokenizer: Tokenizer | None = None
+
+    @property
+    def networks(self) -> nn.Module:
+        return self.prior
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def export(self, folder: Path) -> None:
+        """Write `folder`/prior."""
+        self.prior.save_pretrained(folder / "prior", self.card())
+
+    def load_export(self, run_dir: Path) -> None:
+        """Replace the network by the exported one of a run."""
+        self.prior = Prior.from_pretrained(run_dir / "prior")
+
+    def card(self) -> str:
+        """The model card: what this is, how to load it, what its numbers mean."""
+        prior = self.prior
+        return (
+            "---\nlibrary_name: unspool\ntags: [text-to-image, autoregressive, continuous-latents]\n---\n"
+            f"# Unspool prior\n\nDraws {prior.num_latents} latents of {prior.latent_dim} floats from a caption, one after "
+            f"another, for the tokenizer with fingerprint `{prior.fingerprint}`; another tokenizer is refused.\n\n"
+            "```python\nfrom stage1_tokenizer import Tokenizer\nfrom stage2_prior import Prior\n\n"
+            'tok, prior = Tokenizer.from_pretrained("tokenizer"), Prior.from_pretrained("prior")\n'
+            "prior.check(tok)\n"
+            'z = prior.sample(["a large red circle at the top left on a white background"], guidance=2.0)  # (1, K, C)\n'
+            "images = tok.decode(z)  # (1, 3, H, W) in [-1, 1]\n```\n"
+        )
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Tie the prior to the latents at hand (fit, validate, test) or load the decoder (test, predict)."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if stage in ("fit", "validate", "test"):
+            info = datamodule.latent_info
+            self.prior.bind(info["num_latents"], info["latent_dim"], info["tokenizer_fingerprint"])
+        if stage == "fit":
+            left_out = self.prior.fit_vocabulary(datamodule.train_captions())
+            if left_out:
+                print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
+        if stage in ("test", "predict"):
+            self.tokenizer = Tokenizer.from_pretrained(self.tokenizer_dir or self.run_dir / "tokenizer").to(self.device)
+            self.prior.check(self.tokenizer)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = MuonAdamW(
+            parameter_groups(self.prior), lr=self.lr, matrix_lr=self.matrix_lr, weight_decay=self.weight_decay
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+
+        def factor(step: int) -> float:
+            return warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        mean, std = batch["latents"], batch["latents_std"]
+        z = mean + std * torch.randn_like(mean)  # (B,K,C)
+        loss = self.prior.losses(z, self.text(batch, self.long_captions)).mean()
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return {"loss": loss}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        generator = torch.Generator(device=self.device).manual_seed(batch_idx)
+        mean, std = batch["latents"], batch["latents_std"]
+        z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
+        loss = self.prior.losses(z, self.text(batch, longest_share=1.0), generator)  # (B,K)
+        rows = len(loss)
+        self.log("val/loss", loss.mean(), batch_size=rows, prog_bar=True, sync_dist=True)
+        self.log("val/loss_first", loss[:, 0].mean(), batch_size=rows, sync_dist=True)
+        self.log("val/loss_last", loss[:, -1].mean(), batch_size=rows, sync_dist=True)
+
+    def text(self, batch: dict[str, Any], longest_share: float) -> Text:
+        """One caption per sample; a sample that has none is trained without (the null word)."""
+        picks = torch.rand(len(batch["captions"]), 2).tolist()
+        chosen = []
+        for captions, (share, which) in zip(batch["captions"], picks, strict=True):
+            words = [c for c in captions if c.strip()]
+            pick = longest(words) if words and share < longest_share else words[int(which * len(words))] if words else "?"
+            chosen.append(pick)
+        text = self.prior.encode_text(chosen)
+        missing = torch.tensor([not any(c.strip() for c in captions) for captions in batch["captions"]])
+        return self.prior.without_caption(text, missing.to(text.ids.device)) if bool(missing.any()) else text
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Nothing: the report takes the whole split at once, in `on_test_end`."""
+
+    def on_test_end(self) -> None:
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, PriorDataModule) and self.tokenizer is not None, "setup ran before"
+        if self.trainer.is_global_zero:
+            page = self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
+            print(f"generation report: {page}", flush=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        assert self.tokenizer is not None, "setup ran before"
+        captions = [c[0] for c in batch["captions"]]
+        generator = torch.Generator(device=self.device).manual_seed(torch.initial_seed() + batch_idx)
+        z = self.prior.sample(captions, self.guidance, self.steps, self.temperature, generator)
+        folder = self.run_dir / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = ((self.tokenizer.decode(z, generator) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        for key, picture in zip(batch["keys"], pixels.numpy(), strict=True):
+            Image.fromarray(picture).save(folder / f"{key}.png")
+        listing = folder / "captions.json"
+        known = json.loads(listing.read_text(encoding="utf-8")) if batch_idx and listing.is_file() else {}
+        known |= {f"{key}.png": caption for key, caption in zip(batch["keys"], captions, strict=True)}
+        listing.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
