@@ -43,7 +43,7 @@ def reconstruction_lines(metrics: dict[str, Any]) -> list[str]:
         recall = best["recall"][first]["1"]
         lines.append(
             f"R@1 of {name} captions from the first latent alone {recall:.1%} among {metrics['retrieval']['n']} "
-            f"({recall / best['chance']:.0f} times chance)"
+            f"({recall / best['chance']['1']:.0f} times chance)"
         )
     return lines
 

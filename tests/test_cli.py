@@ -102,8 +102,8 @@ class TinyLit(pl.LightningModule):
         return {"loss": pixel, "pixel": pixel.detach()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.val_weight = self.net[0].weight.detach().clone()
-        self.log("val/loss", self.net(batch["images"]).square().mean())
+        self.val_weight = self.net.get_parameter("0.weight").detach().clone()
+        self.log("val/loss", self.networks(batch["images"]).square().mean())
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None: ...
 

@@ -1,0 +1,53 @@
+# make setup | demo | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
+# PYTHON names the interpreter that the environment is made with, VENV where it lies.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint clean
+
+help:
+	@echo "make setup   environment in $(VENV), with the tested versions"
+	@echo "make demo    scenes, tokenizer, prior and both reports, in runs/demo"
+	@echo "make test    the whole test suite"
+	@echo "make bench   speed of encoding, decoding, training steps and sampling"
+	@echo "make lint    ruff and mypy"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: found no Python 3.11 or newer; install one, or give make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+# Each line is a command that can be typed by itself. The stages keep nothing from an earlier demo (--overwrite true).
+demo: setup
+	python -m data prepare --source scenes --num 40000 --seed 0 --out runs/demo/data
+	python -m stage1_tokenizer fit --config configs/stage1/demo.yaml --overwrite true
+	python -m stage1_tokenizer test --config configs/stage1/demo.yaml
+	python -m stage1_tokenizer predict --config configs/stage1/demo.yaml
+	python -m stage2_prior fit --config configs/stage2/demo.yaml --overwrite true
+	python -m stage2_prior test --config configs/stage2/demo.yaml
+	python -m stage2_prior.summary runs/demo
+
+test: setup
+	python -m pytest
+
+bench: setup
+	python -m tests.benchmarks
+
+$(VENV)/.linters: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
+	@touch $@
+
+lint: $(VENV)/.linters
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf $(VENV) *.egg-info
