@@ -21,7 +21,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: found no Python 3.11 or newer; install one, or give make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 # Each line is a command that can be typed by itself. The stages keep nothing from an earlier demo (--overwrite true).
@@ -41,7 +41,7 @@ bench: setup
 	python -m tests.benchmarks
 
 $(VENV)/.linters: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[lint]'
 	@touch $@
 
 lint: $(VENV)/.linters
