@@ -40,7 +40,7 @@ def linear_probe(
     weight = torch.zeros(x.shape[1], sum(classes), device=x.device, requires_grad=True)
     bias = torch.zeros(sum(classes), device=x.device, requires_grad=True)
     y = train_y.to(x.device)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=40, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()

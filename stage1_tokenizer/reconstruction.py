@@ -104,7 +104,7 @@ def reconstruction_report(
     out_dir: str | Path,
     run_dir: str | Path,
     limit: int = 2000,
-    probe_images: int = 10_000,
+    probe_images: int = 5_000,
     baseline: Mapping[str, Any] | None = None,
     lpips_trunk: str = "alex",
     inception_weights: str | None = None,

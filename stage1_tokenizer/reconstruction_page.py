@@ -62,8 +62,8 @@ def headlines(metrics: Mapping[str, Any]) -> list[Figure]:
     figures.append(
         Figure(
             f"Fréchet distance, n = {distance['n']:,}",
-            f"{distance['reconstruction'][last]:.3g}",
-            f"PCA {distance['pca'][last]:.3g}, real–real {distance['real_real']:.3g}; {name[8:-1]} features",
+            f"{distance['reconstruction'][last]:,.1f}",
+            f"PCA {distance['pca'][last]:,.1f}, real–real {distance['real_real']:,.1f}; {name[8:-1]} features",
         )
     )
     if "retrieval" in metrics:
@@ -131,7 +131,9 @@ def _main_table(report: Report, metrics: Mapping[str, Any], lengths: Sequence[in
     if metrics["pca"]["num_floats"] < metrics["floats"][lengths[-1]]:
         n = metrics["pca"]["num_floats"]
         notes.append(f"PCA has only {n} components here: there are no more training pictures.")
-    report.table("By prefix length", ["first k latents", *(f"k = {k}" for k in lengths)], rows, " ".join(notes))
+    report.table(
+        "By prefix length", ["first k latents", *(f"k = {k}" for k in lengths)], rows, " ".join(notes), quiet="PCA"
+    )
 
 
 def _curves(report: Report, metrics: Mapping[str, Any], lengths: Sequence[int]) -> None:

@@ -49,7 +49,7 @@ h2{font-size:1.2rem;margin:2.6rem 0 .6rem}p{margin:.4rem 0;max-width:46rem}.soft
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}
 th,td{padding:.42rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}tr:last-child td{border-bottom:0}
-th:first-child,td:first-child{text-align:left}td.text{text-align:left;white-space:normal}
+th:first-child,td:first-child{text-align:left}tr.quiet td{color:var(--soft)}td.text{text-align:left;white-space:normal}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:.9rem}
 .curves figure,.grid{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem;margin:0}
 .curves img{width:100%;height:auto;display:block}figcaption{font-size:.88rem;color:var(--soft);margin-bottom:.3rem}
@@ -146,12 +146,22 @@ class Report:
         """A heading and a sentence or two of plain text."""
         return self._add(f"<h2>{_text(heading)}</h2>" + (f"<p>{_text(text)}</p>" if text else ""))
 
-    def table(self, heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> "Report":
-        """A table of text cells; the first column names the row."""
+    def table(
+        self,
+        heading: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        note: str = "",
+        quiet: str | None = None,
+    ) -> "Report":
+        """A table of text cells; the first column names the row, and rows whose name begins with `quiet` are set softly."""
         if any(len(row) != len(columns) for row in rows):
             raise ValueError(f"got rows of {sorted({len(r) for r in rows})} cells for {len(columns)} columns")
         head = "".join(f"<th>{_text(c)}</th>" for c in columns)
-        body = "".join("<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows)
+        body = ""
+        for row in rows:
+            cells = "".join(f"<td>{_text(c)}</td>" for c in row)
+            body += f'<tr class="quiet">{cells}</tr>' if quiet and row[0].startswith(quiet) else f"<tr>{cells}</tr>"
         self.section(heading)
         self._add(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
         return self._add(f'<p class="soft">{_text(note)}</p>') if note else self
@@ -253,6 +263,8 @@ def _draw_curve(
             colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
             axes.plot(x, y, marker="o", markersize=4, linewidth=1.8, color=colour, label=label)
         ticks = sorted({value for x, _ in series.values() for value in x})
+        if len(ticks) > 8:
+            ticks = [tick for tick in ticks if math.log2(tick).is_integer()]
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()

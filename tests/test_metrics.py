@@ -43,7 +43,7 @@ def test_ssim_agrees_with_scikit_image(pictures: torch.Tensor) -> None:
         )
         for a, b in zip(noisy, pictures, strict=True)
     ]
-    np.testing.assert_allclose(ssim(noisy, pictures).numpy(), expected, atol=2e-3)
+    np.testing.assert_allclose(ssim(noisy, pictures).numpy(), expected, atol=1e-5)
 
 
 def test_pictures_of_two_sizes_are_refused(pictures: torch.Tensor) -> None:
