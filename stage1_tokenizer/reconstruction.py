@@ -98,6 +98,8 @@ def prefix_lengths(num_latents: int) -> list[int]:
     return [2**i for i in range(num_latents.bit_length()) if 2**i < num_latents] + [num_latents]
 
 
+@torch.inference_mode(False)  # Lightning tests in inference mode, where neither classifier nor probes could be trained
+@torch.enable_grad()
 def reconstruction_report(
     tokenizer: ReportTokenizer,
     datamodule: ReportData,

@@ -154,7 +154,7 @@ class Report:
         note: str = "",
         quiet: str | None = None,
     ) -> "Report":
-        """A table of text cells; the first column names the row, and rows whose name begins with `quiet` are set softly."""
+        """A table of text cells, each row's name first; rows whose name begins with `quiet` are set softly."""
         if any(len(row) != len(columns) for row in rows):
             raise ValueError(f"got rows of {sorted({len(r) for r in rows})} cells for {len(columns)} columns")
         head = "".join(f"<th>{_text(c)}</th>" for c in columns)

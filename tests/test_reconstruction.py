@@ -86,7 +86,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
     data = FakeData(folder)
     _keep_untrained_classifier(data, folder)
     tokenizer = LinearTokenizer(data.splits["train"]["images"], text=object())
-    metrics = reconstruction_report(tokenizer, data, folder / "reconstruction", folder, probe_images=60)
+    with torch.inference_mode():  # as Lightning tests
+        metrics = reconstruction_report(tokenizer, data, folder / "reconstruction", folder, probe_images=60)
     return metrics, folder, data
 
 
