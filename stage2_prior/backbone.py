@@ -88,12 +88,14 @@ class Backbone(Spec, nn.Module):
         super().__init__()
         self.width, self.heads, self.max_tokens = width, heads, max_tokens
         self.blocks = nn.ModuleList(self.block() for _ in range(depth))
-        self.norm = LayerNorm(width)
+        self.norm: nn.Module = self.norm_layer()
         self.position: nn.Parameter | None = self.positions()
 
+    def norm_layer(self) -> nn.Module:
+        return LayerNorm(self.width)
+
     def block(self) -> CachedBlock:
-        norms = (LayerNorm(self.width), LayerNorm(self.width))
-        return CachedBlock(self.width, self.heads, norms, MLP(self.width))
+        return CachedBlock(self.width, self.heads, (self.norm_layer(), self.norm_layer()), MLP(self.width))
 
     def positions(self) -> nn.Parameter | None:
         return embedding(self.max_tokens, self.width, std=POSITION_STD)
@@ -104,7 +106,7 @@ class Backbone(Spec, nn.Module):
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens, on this module's device."""
-        weight = self.norm.weight
+        weight = self.blocks[0].attention.q.weight  # type: ignore[union-attr]
         shape = (batch, self.heads, length, self.width // self.heads)
 
         def buffers() -> list[Tensor]:
@@ -113,7 +115,7 @@ class Backbone(Spec, nn.Module):
         return Cache(buffers(), buffers())
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """x (B,n,D), positions (n,) long, mask bool broadcastable to (B,1,n,m), True = visible -> (B,n,D) normalised."""
+        """x (B,n,D), positions (n,) long, bool mask broadcast to (B,1,n,m), True = visible -> normalised (B,n,D)."""
         if self.position is not None:
             x = x + self.position[positions]
         turn = self.turn(positions)
@@ -127,13 +129,11 @@ class Backbone(Spec, nn.Module):
 class RotaryBackbone(Backbone):
     """Transformer with rotary positions, RMSNorm and SwiGLU. Arguments as `Backbone`; positions have no table."""
 
-    def __init__(self, width: int = 128, depth: int = 4, heads: int = 2, max_tokens: int = 96):
-        super().__init__(width, depth, heads, max_tokens)
-        self.norm = nn.RMSNorm(width)
+    def norm_layer(self) -> nn.Module:
+        return nn.RMSNorm(self.width)
 
     def block(self) -> CachedBlock:
-        norms = (nn.RMSNorm(self.width), nn.RMSNorm(self.width))
-        return CachedBlock(self.width, self.heads, norms, SwiGLU(self.width))
+        return CachedBlock(self.width, self.heads, (self.norm_layer(), self.norm_layer()), SwiGLU(self.width))
 
     def positions(self) -> nn.Parameter | None:
         return None

@@ -64,7 +64,7 @@ class GenerationReport:
         num_captions: int = 1000,
         batch_size: int = 250,
         images_dir: str | None = None,
-        nll_lines: int = 200,
+        nll_lines: int = 64,
         seed: int = 0,
     ) -> None:
         if num_captions < 8 or batch_size < 1:
@@ -73,10 +73,12 @@ class GenerationReport:
         self.guidance, self.steps, self.num_captions, self.batch_size = guidance, steps, num_captions, batch_size
         self.images_dir, self.nll_lines, self.seed = images_dir, nll_lines, seed
 
-    @torch.no_grad()
     def write(self, prior: Prior, tokenizer: Tokenizer, data: PriorDataModule, run_dir: Path) -> Path:
         """Measure, and write run_dir/generation; returns the page's path."""
-        prior.eval()
+        with torch.inference_mode(False):  # Lightning tests in inference mode; the classifier has to be trained
+            return self.measure(prior.eval(), tokenizer, data, run_dir)
+
+    def measure(self, prior: Prior, tokenizer: Tokenizer, data: PriorDataModule, run_dir: Path) -> Path:
         images = ImageDataModule(self.images_dir or str(run_dir / "data"), image_size=tokenizer.image_size)
         held = data.arrays("val", self.num_captions)
         real = images.arrays("val", len(held["keys"]))
@@ -86,7 +88,8 @@ class GenerationReport:
                 " the latents again with `python -m stage1_tokenizer predict`, or set images_dir."
             )
         captions = [longest(c) for c in held["captions"]]
-        classifier = report_classifier(images, run_dir)
+        with torch.enable_grad():
+            classifier = report_classifier(images, run_dir)
         extractor = RandomConvFeatures() if classifier is None else classifier
         samples = {w: self.sample(prior, tokenizer, captions, w) for w in self.guidances}
 
@@ -194,8 +197,12 @@ class GenerationReport:
         drawn = self.sample(prior, tokenizer, [c for c in chosen for _ in range(8)], self.guidance).images
         same = drawn.unflatten(0, (len(chosen), 8))
         apart = (same[:, :1] - same[:, 1:]).square().mean(dim=(2, 3, 4)).sqrt()  # (8,7)
-        spread = {"pixel_std_within_caption": same.std(dim=1).mean().item(), "rms_between_two_seeds": apart.mean().item()}
-        return {**spread, "smallest_rms_between_two_seeds": apart.min().item()}, same
+        spread = {
+            "pixel_std_within_caption": same.std(dim=1).mean().item(),
+            "rms_between_two_seeds": apart.mean().item(),
+            "smallest_rms_between_two_seeds": apart.min().item(),
+        }
+        return spread, same
 
     def likelihood(self, prior: Prior, held: dict[str, Any], captions: list[str]) -> dict[str, Any]:
         """Nats per latent of held-out lines (posterior samples), with and without solver steps halved."""
@@ -238,7 +245,7 @@ class GenerationReport:
             Figure(
                 "pictures per second",
                 f"{cost['images_per_second']:.0f}",
-                f"{cost['evaluations_per_latent']} evaluations per latent, batch {cost['batch_size']}, decoding included",
+                f"{cost['evaluations_per_latent']} evaluations per latent, batch {cost['batch_size']}, decoding too",
             ),
         ]
         if "faithfulness" in metrics:
@@ -258,7 +265,7 @@ class GenerationReport:
             cells = (precision, recall, spread["overall"], spread["lowest"], spread["highest"])
             drift = f"{spread['slope_along_line']:+.3f}"
             rows.append([name, f"{distances['generated_real'][name]:.1f}", *(f"{c:.3f}" for c in cells), drift])
-        columns = ["guidance", "Frechet", "precision", "recall", "std ratio", "lowest", "highest", "drift along the line"]
+        columns = ["guidance", "Frechet", "precision", "recall", "std ratio", "lowest", "highest", "drift on the line"]
         report.table("Distribution, by guidance", columns, rows)
         line = list(range(1, len(latents[key]["std_ratio"]) + 1))
         curves = {f"guidance {w}": (line, latents[w]["std_ratio"]) for w in latents}
@@ -268,10 +275,11 @@ class GenerationReport:
             report.curve("Negative log-likelihood by position", "position", "nats per latent", nll)
         rows_shown = list(dict.fromkeys(captions))[:10]
         first = [captions.index(c) for c in rows_shown]
+        pictures = [real["images"], *(s.images for s in samples.values())]
         report.grid(
             "Captions by guidance",
             ["held-out picture", *(f"guidance {w:g}" for w in samples)],
-            [(captions[i], [real["images"][i : i + 1], *(s.images[i : i + 1] for s in samples.values())]) for i in first],
+            [(captions[i], [x[i : i + 1] for x in pictures]) for i in first],
         )
         seen = list(dict.fromkeys(captions))[: len(same)]
         report.grid("One caption, eight seeds", [""], [(c, [same[i]]) for i, c in enumerate(seen)])

@@ -31,7 +31,7 @@ TIME_FEATURES = 64
 
 
 def time_features(t: Tensor, features: int = TIME_FEATURES, highest: float = 256.0) -> Tensor:
-    """t (...) in [0, 1] -> (..., features): sines and cosines at `features`/2 rates, geometric from 1 to `highest` rad."""
+    """t (...) in [0, 1] -> (..., features): cosines and sines at `features`/2 rates from 1 to `highest` rad."""
     rates = torch.exp(torch.linspace(0, math.log(highest), features // 2, device=t.device))
     angles = t.unsqueeze(-1).float() * rates
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -119,8 +119,8 @@ class FlowHead(Head):
         super().__init__()
         if draws < 1 or rows_per_time < 1 or time_std <= 0:
             raise HeadError(
-                f"got draws={draws}, rows_per_time={rows_per_time}, time_std={time_std}; want draws and rows_per_time of"
-                " at least 1 and a positive time_std."
+                f"got draws={draws}, rows_per_time={rows_per_time}, time_std={time_std}; want the first two at least 1"
+                " and time_std above 0."
             )
         self.net, self.latent_dim, self.cond_dim = net, net.latent_dim, net.cond_dim
         self.output: Output = VelocityOutput() if output is None else output

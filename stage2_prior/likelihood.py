@@ -20,18 +20,21 @@ from torch import Tensor
 from stage2_prior.heads import FlowHead
 
 
-def velocity_and_divergence(head: FlowHead, condition: Tensor, time: Tensor, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def velocity_and_divergence(
+    head: FlowHead, condition: Tensor, time: Tensor, x: Tensor, t: float
+) -> tuple[Tensor, Tensor]:
     """v (M,C) and div v (M,) of the head's field at x (M,C) and t."""
 
     def field(x: Tensor) -> Tensor:
         return head.velocity(x, time, condition, t)
 
     def directional(direction: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(field, (x,), (direction.expand_as(x),))
+        v, change = torch.func.jvp(field, (x,), (direction.expand_as(x),))[:2]
+        return v, change
 
     channels = x.shape[-1]
     basis = torch.eye(channels, device=x.device, dtype=x.dtype)
-    v, columns = torch.func.vmap(directional, out_dims=(None, 0))(basis)  # (M,C), (C,M,C)
+    v, columns = torch.func.vmap(directional, out_dims=(None, 0))(basis)  # type: ignore[arg-type]  # (M,C), (C,M,C)
     return v, columns.diagonal(dim1=0, dim2=2).sum(-1)  # (M,)
 
 

@@ -82,12 +82,12 @@ class LitPrior(pl.LightningModule):
         prior = self.prior
         return (
             "---\nlibrary_name: unspool\ntags: [text-to-image, autoregressive, continuous-latents]\n---\n"
-            f"# Unspool prior\n\nDraws {prior.num_latents} latents of {prior.latent_dim} floats from a caption, one after "
-            f"another, for the tokenizer with fingerprint `{prior.fingerprint}`; another tokenizer is refused.\n\n"
+            f"# Unspool prior\n\nDraws {prior.num_latents} latents of {prior.latent_dim} floats from a caption, "
+            f"for the tokenizer with fingerprint `{prior.fingerprint}`; another tokenizer is refused.\n\n"
             "```python\nfrom stage1_tokenizer import Tokenizer\nfrom stage2_prior import Prior\n\n"
             'tok, prior = Tokenizer.from_pretrained("tokenizer"), Prior.from_pretrained("prior")\n'
             "prior.check(tok)\n"
-            'z = prior.sample(["a large red circle at the top left on a white background"], guidance=2.0)  # (1, K, C)\n'
+            'z = prior.sample(["a large red circle in the center on a white background"], guidance=2.0)  # (1, K, C)\n'
             "images = tok.decode(z)  # (1, 3, H, W) in [-1, 1]\n```\n"
         )
 
@@ -141,9 +141,8 @@ class LitPrior(pl.LightningModule):
         picks = torch.rand(len(batch["captions"]), 2).tolist()
         chosen = []
         for captions, (share, which) in zip(batch["captions"], picks, strict=True):
-            words = [c for c in captions if c.strip()]
-            pick = longest(words) if words and share < longest_share else words[int(which * len(words))] if words else "?"
-            chosen.append(pick)
+            words = [c for c in captions if c.strip()] or ["?"]
+            chosen.append(longest(words) if share < longest_share else words[int(which * len(words))])
         text = self.prior.encode_text(chosen)
         missing = torch.tensor([not any(c.strip() for c in captions) for captions in batch["captions"]])
         return self.prior.without_caption(text, missing.to(text.ids.device)) if bool(missing.any()) else text

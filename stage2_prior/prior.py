@@ -1,11 +1,11 @@
 """Priors: caption -> an ordered line of latents, drawn one after another; and how likely a given line is.
 
     caption --vocabulary--> words (bidirectional) | start, z_1, ..., z_{K-1} (causal) --backbone--> cond_1 ... cond_K
-    cond_i --head--> z_i            training: head.loss(cond_i, z_i)            sampling: head.sample(cond_i), with a cache
+    cond_i --head--> z_i          training: head.loss(cond_i, z_i)          sampling: head.sample(cond_i), with a cache
 
 The caption's words are a prefix of the same sequence instead of one pooled vector: attributes then find their object.
-Words see all words, latents see all words and earlier latents, nobody sees padding. An unconditional row has one learned
-null word in place of a caption; in training a share of the captions is replaced by it.
+Words see all words, latents see all words and earlier latents, nobody sees padding. An unconditional row has one
+learned null word in place of a caption; in training a share of the captions is replaced by it.
 
 Guided and unguided rows are two rows of one batch that share every sampled latent (a test asserts it); where no scale
 differs from 1 only the conditional rows exist, so that w = 1 *is* conditional sampling, bit for bit.
@@ -117,7 +117,7 @@ class Prior(Spec, nn.Module):
         return bytes(self.fingerprint_bytes.tolist()).decode("ascii").strip("\0")
 
     def bind(self, num_latents: int, latent_dim: int, fingerprint: str) -> None:
-        """Tie this prior to a latent space; raises PriorError if it has another shape, no identity, or is another one."""
+        """Tie this prior to a latent space. Raises PriorError for another shape, no identity, or another space."""
         if not fingerprint:
             raise PriorError(
                 "these latents carry no tokenizer fingerprint, so their statistics are unknown; write them with"
@@ -145,7 +145,8 @@ class Prior(Spec, nn.Module):
 
     def check_latents(self, z: Tensor) -> Tensor:
         if z.ndim != 3 or z.shape[1:] != (self.num_latents, self.latent_dim):
-            raise PriorError(f"got latents of shape {tuple(z.shape)}, wanted (B, {self.num_latents}, {self.latent_dim}).")
+            wanted = f"(B, {self.num_latents}, {self.latent_dim})"
+            raise PriorError(f"got latents of shape {tuple(z.shape)}, wanted {wanted}.")
         return z
 
     # -- captions -----------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ class Prior(Spec, nn.Module):
         return self.vocabulary.fit(captions)
 
     def encode_text(self, captions: list[str]) -> Text:
-        """Captions -> ids and mask on the prior's device. Raises PriorError unless all are strings with a word in them."""
+        """Captions -> ids and mask on the prior's device. Raises PriorError for what is no string or empty."""
         if isinstance(captions, str) or not captions:
             raise PriorError(f"got {captions!r:.40}, wanted a list of at least one caption.")
         for caption in captions:
@@ -317,7 +318,7 @@ class CausalPrior(Prior):
         if not isinstance(self.head, FlowHead):
             raise PriorError(f"got a {type(self.head).__name__}, wanted a FlowHead: only its density is known here.")
         if len(z) != len(captions):
-            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted one caption per line.")
+            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted as many of each.")
         z = self.check_latents(z)
         cond = self.conditions(z, self.encode_text(captions)).flatten(0, 1)  # (B K,D)
         return flow_log_prob(self.head, cond, z.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])

@@ -63,13 +63,13 @@ class PriorDataModule(LatentDataModule):
         else:
             super().setup(stage)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
         """The captions file, or the captions of `predict_splits`."""
         if self.captions_file is not None:
             captions = read_captions(self.captions_file)
         else:
             captions = [longest(c) for split in self.predict_splits for c in self.captions(split) if c]
-        return DataLoader(CaptionBatches(captions, self.val_batch_size), batch_size=None)
+        return [DataLoader(CaptionBatches(captions, self.val_batch_size), batch_size=None)]
 
     def train_captions(self) -> Iterator[str]:
         """Every caption of the training split, one after another."""

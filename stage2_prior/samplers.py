@@ -17,6 +17,7 @@ Letters: M rows, C channels, h = t_i - t_{i+1} > 0, v_i = field(x_i, t_i).
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def logit_grid(steps: int, spread: float = 4.0) -> list[float]:
 
 def euler(field: Field, x: Tensor, grid: Grid) -> Tensor:
     """x_{i+1} = x_i - h v_i: first order, one evaluation a step."""
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in pairwise(grid):
         x = x - (t - s) * field(x, t)
     return x
 
@@ -60,22 +61,22 @@ def mid_time_euler(field: Field, x: Tensor, grid: Grid) -> Tensor:
     First order, but without Euler's shrinkage: the field is asked at less noise than x_i has, which overshoots by
     about what Euler falls short.
     """
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in pairwise(grid):
         x = x - (t - s) * field(x, (t + s) / 2)
     return x
 
 
 def midpoint(field: Field, x: Tensor, grid: Grid) -> Tensor:
     """Half an Euler step to the middle, then a whole step with the velocity found there: second order, two calls."""
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in pairwise(grid):
         middle = x - (t - s) / 2 * field(x, t)
         x = x - (t - s) * field(middle, (t + s) / 2)
     return x
 
 
 def heun(field: Field, x: Tensor, grid: Grid) -> Tensor:
-    """A step with the mean of the velocities at both ends: second order, two calls (Karras et al. 2022, algorithm 1)."""
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    """A step with the mean of the velocities at both ends: second order, two calls (Karras et al. 2022, alg. 1)."""
+    for t, s in pairwise(grid):
         v = field(x, t)
         ahead = x - (t - s) * v
         x = x - (t - s) / 2 * (v + field(ahead, s))
@@ -89,7 +90,7 @@ def adams_bashforth(field: Field, x: Tensor, grid: Grid) -> Tensor:
     """
     past: Tensor | None = None
     h_past = 0.0
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in pairwise(grid):
         h = t - s
         if past is None:
             past, h_past = field(x, (t + s) / 2), h / 2  # a velocity that belongs to the middle of the first step
@@ -109,7 +110,7 @@ def dpm_solver_2m(field: Field, x: Tensor, grid: Grid) -> Tensor:
     """
     past: Tensor | None = None
     h_past = math.inf
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in pairwise(grid):
         data = x_from_v(x, field(x, t), t)
         ratio = s / t  # sigma_s / sigma_t
         decay = ratio * (1 - t) / (1 - s)  # e^{-h} in lambda, 0 from pure noise and towards clean data
@@ -135,7 +136,7 @@ def euler_maruyama(
     Drift and score come from one call: score = -noise / t, so w score = -noise and there is no pole at t = 0. The last
     interval injects nothing.
     """
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in pairwise(grid):
         h = t - s
         v = field(x, t)
         x = x - h * v - h / 2 * noise_from_v(x, v, t)
@@ -186,8 +187,8 @@ class Solver(Spec, nn.Module):
         """The same method with another cost. Raises SamplerError if it cannot have exactly that many calls."""
         if evaluations < self.per_step or evaluations % self.per_step:
             raise SamplerError(
-                f"got steps={evaluations}, wanted a positive multiple of {self.per_step}: {type(self).__name__} asks its"
-                f" network {self.per_step} times per interval."
+                f"got steps={evaluations}, wanted a positive multiple of {self.per_step}: {type(self).__name__} asks"
+                f" its network {self.per_step} times per interval."
             )
         return type(self)(steps=evaluations // self.per_step, power=self.power)
 
@@ -245,7 +246,7 @@ class AdamsBashforth(Solver):
 
 
 class DPMSolver2M(Solver):
-    """`dpm_solver_2m` on the grid uniform in log-SNR; `power` is the half width of that grid in nats of log(alpha/sigma)."""
+    """`dpm_solver_2m` on a grid uniform in log(alpha/sigma); `power` is half the width of that grid, in nats."""
 
     method = staticmethod(dpm_solver_2m)
 

@@ -1,0 +1,185 @@
+"""Stage 2 from the command line on a tiny run: fit, test, predict, and what each refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from data.__main__ import main as data_main
+from data.datamodule import ImageDataModule
+from data.latents import LatentShardWriter, write_latent_manifest
+from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.classifier import AttributeClassifier, Budget, fit_classifier
+from stage1_tokenizer.cli import run_cli
+from stage2_prior import Prior, generation
+from stage2_prior.lit_prior import LitPrior
+from stage2_prior.prior_data import PriorDataModule, read_captions
+from tests.tiny import SIZE, C, K, tiny_tokenizer
+
+
+def write_latents(tokenizer: Tokenizer, images: ImageDataModule, folder: Path, fingerprint: str) -> None:
+    for split in ("train", "val"):
+        batch = images.arrays(split)
+        with LatentShardWriter(folder, split) as writer, torch.no_grad():
+            writer.write_batch(batch, *tokenizer.posterior(batch["images"]))
+    write_latent_manifest(folder, K, C, fingerprint)
+
+
+def config(run_dir: Path, **data: Any) -> dict[str, Any]:
+    head = {
+        "class_path": "stage2_prior.heads.FlowHead",
+        "init_args": {
+            "net": {
+                "class_path": "stage2_prior.head_nets.HoistedNet",
+                "init_args": {"latent_dim": C, "cond_dim": 32, "width": 24, "depth": 1},
+            }
+        },
+    }
+    prior = {
+        "class_path": "stage2_prior.prior.CausalPrior",
+        "init_args": {
+            "num_latents": K,
+            "latent_dim": C,
+            "vocabulary": {
+                "class_path": "stage1_tokenizer.vocabulary.CaptionVocabulary",
+                "init_args": {"rows": 64, "context_length": 24},
+            },
+            "backbone": {
+                "class_path": "stage2_prior.backbone.Backbone",
+                "init_args": {"width": 32, "depth": 1, "heads": 2, "max_tokens": 32},
+            },
+            "head": head,
+        },
+    }
+    report = {
+        "class_path": "stage2_prior.generation.GenerationReport",
+        "init_args": {"num_captions": 30, "batch_size": 16, "guidances": [1.0], "nll_lines": 4},
+    }
+    return {
+        "run_dir": str(run_dir),
+        "seed_everything": 1,
+        "trainer": {"max_steps": 3, "val_check_interval": 2, "check_val_every_n_epoch": None, "accelerator": "cpu"},
+        "data": {"data_dir": str(run_dir / "latents"), "batch_size": 16, "val_batch_size": 16, **data},
+        "model": {"prior": prior, "report": report},
+    }
+
+
+def stage2(command: str, run_dir: Path, *more: str, **data: Any) -> None:
+    file = run_dir / "stage2_config.yaml"
+    file.write_text(yaml.safe_dump(config(run_dir, **data)))
+    run_cli("stage2", LitPrior, PriorDataModule, "stage2", [command, "--config", str(file), *more])
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with scenes, an untrained tokenizer and its latents, after `fit` of a prior."""
+    torch.manual_seed(0)
+    run = tmp_path_factory.mktemp("run")
+    arguments = ["prepare", "--source", "scenes", "--num", "160", "--size", str(SIZE), "--val-fraction", "0.25"]
+    assert data_main([*arguments, "--workers", "1", "--out", str(run / "data")]) == 0
+    images = ImageDataModule(str(run / "data"), image_size=SIZE)
+    tokenizer = tiny_tokenizer()
+    tokenizer.fit_statistics([images.arrays("train")["images"]])
+    tokenizer.save_pretrained(run / "tokenizer")
+    write_latents(tokenizer, images, run / "latents", tokenizer.fingerprint)
+    stage2("fit", run)
+    return run
+
+
+def test_fit_exports_a_prior_of_these_latents(run_dir: Path) -> None:
+    prior = Prior.from_pretrained(run_dir / "prior")
+    tokenizer = Tokenizer.from_pretrained(run_dir / "tokenizer")
+    prior.check(tokenizer)
+    assert prior.vocabulary.size > 20
+    z = prior.sample(["a large red circle in the center on a white background"])
+    assert tokenizer.decode(z).shape == (1, 3, SIZE, SIZE)
+    lines = [json.loads(line) for line in (run_dir / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/loss" in line for line in lines)
+
+
+def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def quick(images: ImageDataModule, run: Path) -> AttributeClassifier:
+        data = images.arrays("train")
+        classifier = AttributeClassifier(generation_slots(data), SIZE, width=8, feature_dim=16)
+        fit_classifier(classifier, data, Budget(steps=2, seconds=20), seed=0)
+        return classifier
+
+    monkeypatch.setattr(generation, "report_classifier", quick)
+    stage2("test", run_dir)
+    metrics = json.loads((run_dir / "generation" / "metrics.json").read_text())
+    assert len(metrics["latents"]["2.0"]["std_ratio"]) == K
+    assert set(metrics["faithfulness"]) == {"1.0", "2.0", "real", "reconstruction"}
+    sizes = metrics["group_sizes"]
+    assert sizes["1 object"] + sizes["2 objects"] == sizes["all"] == 30
+    assert sizes.get("seen combination", 0) + sizes["unseen combination"] == 30
+    assert metrics["cost"]["evaluations_per_latent"] == 8 and metrics["cost"]["images_per_second"] > 0
+    assert metrics["diversity"]["smallest_rms_between_two_seeds"] > 0.001
+    assert metrics["nll"]["lines"] == 4 and len(metrics["nll"]["by_position"]) == K
+    page = (run_dir / "generation" / "report.html").read_text()
+    assert "One caption, eight seeds" in page and "unseen combination" in page
+
+
+def generation_slots(data: dict[str, Any]) -> Any:
+    from stage1_tokenizer.attributes import Slots
+
+    return Slots.of_scenes(data["attributes"])
+
+
+def test_predict_makes_a_picture_of_every_caption(run_dir: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red circle\n\n# a comment\n" + "a small blue star\n" * 17, encoding="utf-8")
+    stage2("predict", run_dir, captions_file=str(captions))
+    listing = json.loads((run_dir / "images" / "captions.json").read_text())
+    assert len(listing) == 18 and listing["00000.png"] == "a red circle"
+    pictures = [Image.open(run_dir / "images" / name) for name in listing]
+    assert all(p.size == (SIZE, SIZE) for p in pictures)
+    assert pictures[1].tobytes() != pictures[2].tobytes()  # one caption, two draws
+
+
+def test_other_latents_are_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A prior of one tokenizer on the latents, or with the decoder, of another."""
+    other = tiny_tokenizer(seed=1)
+    images = ImageDataModule(str(run_dir / "data"), image_size=SIZE)
+    write_latents(other, images, tmp_path / "latents", other.fingerprint)
+    with pytest.raises(SystemExit):
+        stage2("validate", run_dir, f"--data.data_dir={tmp_path / 'latents'}")
+    assert "other weights or statistics" in capsys.readouterr().err
+    other.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(SystemExit):
+        stage2("predict", run_dir, f"--model.tokenizer_dir={tmp_path / 'tokenizer'}")
+    assert "other weights or statistics" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        stage2("fit", run_dir, "--overwrite=true", "--model.prior.init_args.num_latents=5")
+    assert "wanted 5 x 4" in capsys.readouterr().err
+
+
+def test_latents_without_statistics_are_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = ImageDataModule(str(run_dir / "data"), image_size=SIZE)
+    write_latents(tiny_tokenizer(), images, tmp_path / "latents", "")
+    with pytest.raises(SystemExit):
+        stage2("validate", run_dir, f"--data.data_dir={tmp_path / 'latents'}")
+    assert "no tokenizer fingerprint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no captions file"), (b"\n# only\n", "no caption"), (b"\xff\xfe\x00", "not UTF-8")]
+)
+def test_bad_caption_files_get_one_sentence(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "captions.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_captions(str(file))
+
+
+def test_samples_without_a_caption_train_the_null_word(run_dir: Path) -> None:
+    prior = Prior.from_pretrained(run_dir / "prior")
+    text = LitPrior(prior).text({"captions": [["a red circle"], [], [""]]}, 1.0)
+    assert text.ids[1, 0] == prior.null and text.ids[2, 0] == prior.null and text.ids[0, 0] != prior.null
+    assert text.text_mask.sum(1).tolist()[1:] == [1, 1]
