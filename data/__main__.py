@@ -1,12 +1,14 @@
-"""`python -m data prepare|verify|stats`: make shards, check them, look at them. Starts without torch."""
+"""`python -m data prepare|finalize|verify|stats`: make shards, check them, look at them. Starts without torch."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from data.schema import DataError
 
@@ -15,75 +17,150 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status: 0 done, 1 something is wrong with the data, 2 wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m data", description="Image-text pairs to shards.")
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_prepare(commands.add_parser("prepare", help="write shards from a source"))
-    verify = commands.add_parser("verify", help="re-read everything and name what is wrong")
-    verify.add_argument("data_dir", type=Path)
-    stats = commands.add_parser("stats", help="print what a data directory holds")
-    stats.add_argument("data_dir", type=Path)
-    options = parser.parse_args(arguments)
+    prepare = commands.add_parser("prepare", help="write shards from a source")
+    _add_prepare(prepare)
+    for name, help_text in (
+        ("finalize", "make one dataset of what all tasks of prepare have written"),
+        ("verify", "re-read everything and name what is wrong"),
+        ("stats", "print what a data directory holds"),
+    ):
+        commands.add_parser(name, help=help_text).add_argument("data_dir", type=Path)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        return {"prepare": _prepare, "verify": _verify, "stats": _stats}[options.command](options)
+        options = parser.parse_args(given)
+        if options.command == "prepare" and options.config is not None:
+            _take_defaults(prepare, options.config)
+            options = parser.parse_args(given)
+        commands_by_name = {"prepare": _prepare, "finalize": _finalize, "verify": _verify, "stats": _stats}
+        return commands_by_name[options.command](options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue", file=sys.stderr)
+        return 130
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    from data.sources import KINDS, LABEL_TEMPLATE
+    from data.quality import Filters
+    from data.sources import KINDS, TEMPLATES
 
-    parser.add_argument("--out", type=Path, required=True, help="data directory to write")
-    parser.add_argument("--source", "--format-of-source", default="auto", choices=("auto", *KINDS), help="kind of source")
-    parser.add_argument("--path", nargs="+", default=[], help="folder or files of the source")
-    parser.add_argument("--num", type=int, default=0, help="scenes: how many")
-    parser.add_argument("--seed", type=int, default=0, help="scenes: which ones")
-    parser.add_argument("--max-objects", type=int, default=2, help="scenes: 1, 2 or 3")
-    parser.add_argument("--words", type=float, nargs="?", const=1.0, default=0.0, help="scenes: fraction with a word")
-    parser.add_argument("--class-names", default="", help="parquet: names of the labels, a,b,c")
-    parser.add_argument("--template", default=LABEL_TEMPLATE, help="caption of a label, with {label} in it")
-    parser.add_argument("--size", type=int, default=None, help="side in pixels (scenes: 32, others: 256)")
-    parser.add_argument("--resize", default="center_crop", help="center_crop, keep_ratio, budget or no")
-    parser.add_argument("--format", default=None, choices=("jpg", "png", "webp"), help="of the pictures (up to 64 px: png)")
-    parser.add_argument("--quality", type=int, default=95, help="of jpg and webp, 1 to 100")
-    parser.add_argument("--val-fraction", type=float, default=0.05, help="share of the keys that go to val")
-    parser.add_argument("--shard-size", type=int, default=2000, help="samples per shard, at most")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: all cores)")
+    add, limits = parser.add_argument, Filters()
+    add("--config", type=Path, help="YAML file with any of these options, under their long names")
+    add("--out", type=Path, required=True, help="data directory to write")
+    add("--source", default="auto", choices=("auto", *KINDS), help="kind of source (auto: look at --path)")
+    add("--path", nargs="+", default=[], help="folder, files or URLs of the source")
+    add("--images", help="folder: where the pictures are, if not beside the captions file")
+    add("--num", type=int, default=0, help="scenes: how many")
+    add("--seed", type=int, default=0, help="scenes: which ones")
+    add("--max-objects", type=int, default=2, help="scenes: 1, 2 or 3")
+    add("--words", type=float, nargs="?", const=1.0, default=0.0, help="scenes: fraction with a word in the picture")
+    add("--class-names", default="", help="parquet: names of the labels, a,b,c")
+    add("--template", nargs="+", default=list(TEMPLATES), help="captions of a label, with {label} in them")
+    add("--size", type=int, default=None, help="side in pixels (scenes: 32, others: 256)")
+    add("--resize", default=None, choices=("center_crop", "keep_ratio", "budget", "no"), help="(center_crop)")
+    add("--format", default=None, choices=("jpg", "png", "webp", "keep"), help="of the pictures (up to 64 pixels: png)")
+    add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100")
+    add("--val-fraction", type=float, default=0.05, help="share of the keys that go to val")
+    add("--shard-size", type=int, default=2000, help="samples per shard, at most")
+    add("--min-side", type=int, default=limits.min_side, help="in pixels, before resizing")
+    add("--max-aspect", type=float, default=limits.max_aspect, help="longest over shortest side")
+    add("--max-pixels", type=int, default=limits.max_pixels, help="larger pictures are never decoded")
+    add("--min-caption", type=int, default=limits.min_caption, help="characters")
+    add("--max-caption", type=int, default=limits.max_caption, help="characters")
+    add("--near-duplicates", type=int, default=None, metavar="BITS", help="drop pictures whose hashes differ in so few")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
+    add("--engine", default="processes", choices=("processes", "ray"), help="who writes the shards")
+    array = os.environ
+    add("--num-tasks", type=int, default=int(array.get("SLURM_ARRAY_TASK_COUNT", 1)), help="tasks that share the work")
+    add("--task-id", type=int, default=int(array.get("SLURM_ARRAY_TASK_ID", 0)), help="which of them this is, from 0")
+
+
+def _take_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Let the options of a YAML file stand in for those not given on the command line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read --config {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"--config {path} holds {type(content).__name__}, wanted lines like `size: 64`")
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    for name, value in content.items():
+        action = known.get(str(name).replace("-", "_"))
+        if action is None:
+            raise DataError(f"--config {path}: no option option {name!r}, known are {', '.join(sorted(known))}")
+        if action.choices is not None and value not in action.choices:
+            raise DataError(f"--config {path}: {name} is {value!r}, wanted one of {', '.join(map(str, action.choices))}")
+        if action.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise DataError(f"--config {path}: {name} is {value!r}, wanted a number")
+        action.required = False
+        parser.set_defaults(**{action.dest: Path(value) if action.type is Path else value})
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    import os
-
-    from data.prepare import PrepareConfig, run
+    from data.engines import ENGINES, run
+    from data.prepare import PrepareConfig
+    from data.quality import Filters
     from data.sources import SourceConfig, find_kind
 
-    kind = find_kind(tuple(options.path)) if options.source == "auto" else options.source
+    paths = tuple([options.path] if isinstance(options.path, str) else options.path)
+    kind = find_kind(paths) if options.source == "auto" else options.source
     size = options.size if options.size is not None else 32 if kind == "scenes" else 256
-    names = tuple(name.strip() for name in options.class_names.split(",") if name.strip())
     source = SourceConfig(
         kind=kind,
-        path=tuple(options.path),
+        path=paths,
+        images=options.images,
         num=options.num,
         seed=options.seed,
         size=size,
         max_objects=options.max_objects,
         words=options.words,
-        class_names=names,
-        template=options.template,
+        class_names=tuple(name.strip() for name in options.class_names.split(",") if name.strip()),
+        templates=tuple([options.template] if isinstance(options.template, str) else options.template),
     )
     config = PrepareConfig(
         source=source,
         size=size,
-        resize=options.resize,
+        resize=options.resize or ("no" if options.format == "keep" else "center_crop"),
         format=options.format or ("png" if size <= 64 else "jpg"),
         quality=options.quality,
         val_fraction=options.val_fraction,
         shard_size=options.shard_size,
+        filters=Filters(
+            min_side=options.min_side,
+            max_aspect=options.max_aspect,
+            max_pixels=options.max_pixels,
+            min_caption=options.min_caption,
+            max_caption=options.max_caption,
+            near_duplicates=options.near_duplicates,
+        ),
     )
-    manifest = run(config, options.out, options.workers or os.cpu_count() or 1, _progress())
-    dropped = sum(manifest["dropped"].values())
-    print(f"{manifest['counts']['train']} train and {manifest['counts']['val']} val samples in {options.out}, {dropped} dropped")
-    for reason, count in manifest["dropped"].items():
-        print(f"  dropped, {reason}: {count} (keys in {options.out / 'dropped.jsonl'})")
+    engine = ENGINES[options.engine](options.workers)
+    manifest = run(config, options.out, engine, _progress(), options.num_tasks, options.task_id)
+    if manifest is None:
+        print(f"task {options.task_id} of {options.num_tasks} is done; after all: python -m data finalize {options.out}")
+    else:
+        _say(manifest, options.out)
     return 0
+
+
+def _finalize(options: argparse.Namespace) -> int:
+    from data.finalize import finalize
+
+    _say(finalize(options.data_dir), options.data_dir)
+    return 0
+
+
+def _say(manifest: dict[str, Any], out: Path) -> None:
+    dropped, counts = manifest["dropped"], manifest["counts"]
+    print(f"{counts['train']} train and {counts['val']} val samples in {out}, {sum(dropped.values())} dropped")
+    for reason, count in dropped.items():
+        print(f"  dropped, {reason}: {count} (keys in {out / 'dropped.jsonl'})")
+    for reason, count in manifest["captions"].items():
+        if reason != "kept" and count:
+            print(f"  {reason if reason != 'repaired' else 'captions repaired'}: {count}")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -104,31 +181,33 @@ def _stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _progress() -> Callable[[int, int], None]:
+def _progress() -> Callable[[Any], None]:
     """Return a reporter: a bar with rate and time left on a terminal, a line every few seconds elsewhere."""
     from tqdm import tqdm
 
     bar: tqdm[None] | None = None
-    said = started = time.monotonic()
-    first = 0
+    started = said = time.monotonic()
+    first: int | None = None
 
-    def report(done: int, total: int) -> None:
+    def report(progress: Any) -> None:
         nonlocal bar, said, first
+        first = progress.samples if first is None else first
         if sys.stderr.isatty():
-            if bar is None:
-                bar = tqdm(total=total, initial=done, unit="img", desc="prepare")
-            bar.update(done - bar.n)
-            if done >= total:
+            bar = bar or tqdm(total=progress.total, initial=first, unit=" img", desc="prepare")
+            bar.set_postfix_str(f"shard {progress.chunks}/{progress.total_chunks}", refresh=False)
+            bar.update(progress.samples - bar.n)
+            if progress.chunks == progress.total_chunks:
                 bar.close()
             return
         now = time.monotonic()
-        if now == started or not first:
-            first = max(done, 0) or 1
-        if now - said < 5 and done < total:
+        if now - said < 5 and (progress.chunks < progress.total_chunks or progress.samples == first):
             return
         said = now
-        rate = max(done - first, 1) / max(now - started, 1e-9)
-        print(f"prepare: {done}/{total} images, {rate:.0f}/s, {(total - done) / rate:.0f} s left", file=sys.stderr)
+        rate = (progress.samples - first) / max(now - started, 1e-9)
+        of = f"/{progress.total}" if progress.total is not None else ""
+        left = f", {(progress.total - progress.samples) / rate:.0f} s left" if progress.total and rate else ""
+        shards = f"shard {progress.chunks}/{progress.total_chunks}"
+        print(f"prepare: {progress.samples}{of} images, {shards}, {rate:.0f}/s{left}", file=sys.stderr)
 
     return report
 

@@ -1,83 +1,183 @@
-"""A folder of pictures with a captions file: the Flickr8k layout, `Images/` and `captions.txt`.
+"""Captions files: which pictures there are and what is said of them.
 
-The captions file is a CSV with a header (`image,caption`); a picture may have any number of lines. The order of the
-samples is the order in which the file first names the pictures. A name that leads outside the folder is refused.
+    captions.txt, .csv, .tsv    a header with an image and a caption column, one or many lines per picture
+    *.token, *.token.txt        Flickr's `name#0<tab>caption`, without a header
+    .jsonl                      one object per line, `caption` a string or a list (also `metadata.jsonl` of the hub)
+    .json                       COCO captions (`images`, `annotations`), Karpathy's splits (`images[].sentences`),
+                                a list of objects, or {name: caption or list of captions}
+
+Every format gives the same list of `Item`, in the order in which the file first names the pictures.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data.schema import DataError, Drop, Sample, Stretch, clean_key
+from data.schema import DataError, split_named
 
-CAPTION_FILES = ("captions.txt", "captions.csv")
-IMAGE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "")
+NAME_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "img", "name")
+TEXT_COLUMNS = (
+    *("caption", "captions", "text", "texts", "sentence", "sentences", "comment", "title", "raw", "description"),
+)
+_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".token")
+_USUAL_NAMES = ("captions", "metadata", "results", "labels")
+_PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
-
-def find_captions_file(folder: Path) -> Path | None:
-    """Return the captions file directly in `folder`, or None."""
-    return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
-
-
-class FolderWithCaptions:
-    """Pictures named by a captions file; a source (`stretches`, `read`, `fingerprint`)."""
-
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise DataError(f"no folder at {folder}; --source folder wants a folder with Images/ and captions.txt")
-        captions_file = find_captions_file(folder)
-        if captions_file is None:
-            raise DataError(f"{folder} holds none of {', '.join(CAPTION_FILES)}; put the captions file beside Images/")
-        self.folder = next(folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir())
-        raw = captions_file.read_bytes()
-        self.items = list(read_captions_csv(raw.decode("utf-8", "replace"), captions_file).items())
-        self._fingerprint = f"folder {hashlib.sha256(raw).hexdigest()[:16]} {len(self.items)} pictures"
-
-    def stretches(self) -> list[Stretch]:
-        """All pictures are split by hash of the key."""
-        return [Stretch(0, len(self.items))]
-
-    def fingerprint(self) -> str:
-        """The content of the captions file."""
-        return self._fingerprint
-
-    def read(self, start: int, stop: int) -> Iterator[Sample | Drop]:
-        """Yield pictures [start, stop) in the order of the captions file."""
-        for name, captions in self.items[start:stop]:
-            key = clean_key(name.rsplit(".", 1)[0])
-            path = (self.folder / name).resolve()
-            if not path.is_relative_to(self.folder.resolve()):
-                yield Drop(key, "outside", f"{name} leads out of {self.folder.name}")
-                continue
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                yield Drop(key, "missing", f"{name} is in the captions file and not in {self.folder.name}")
-                continue
-            except OSError as error:
-                yield Drop(key, "unreadable", f"{name}: {error}"[:200])
-                continue
-            yield Sample(key, captions, image=data, metadata={"source_name": name})
+csv.field_size_limit(1 << 28)  # the default of 128 kB stops the whole file at one long caption
 
 
-def read_captions_csv(text: str, path: Path) -> dict[str, list[str]]:
-    """Return {picture name: captions} of a CSV with a header that has `image` and `caption`, in order of appearance.
+@dataclass
+class Item:
+    """One picture of a captions file: its name below the picture folder, its captions, and its split if stated."""
+
+    name: str
+    captions: list[str] = field(default_factory=list)
+    split: str | None = None
+
+
+def find_captions_files(folder: Path) -> list[Path]:
+    """Return the captions files of a dataset folder: one of the usual names, or COCO's one per split."""
+    coco = sorted((folder / "annotations").glob("captions_*.json")) if (folder / "annotations").is_dir() else []
+    if coco:
+        return coco
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _SUFFIXES]
+    for stem in _USUAL_NAMES:
+        named = [path for path in files if path.name.split(".")[0].lower() == stem]
+        if named:
+            return named[:1]
+    karpathy = [p for p in files if p.suffix == ".json" and p.name.startswith("dataset")]
+    token = [p for p in files if ".token" in p.name]
+    return (karpathy or token or [p for p in files if p.name.startswith("captions_")])[:1]
+
+
+def read_captions(path: Path) -> list[Item]:
+    """Return the pictures that a captions file names.
 
     Raises:
-        DataError: no such header, or no line below it.
+        DataError: not a layout listed above, broken beyond a line, or nothing in it.
     """
-    reader = csv.DictReader(io.StringIO(text.lstrip("\ufeff").replace("\0", "\ufffd")))
-    if not reader.fieldnames or not {"image", "caption"} <= set(reader.fieldnames):
-        raise DataError(f"the first line of {path} is {reader.fieldnames}, wanted a header with image,caption")
-    captions: dict[str, list[str]] = {}
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "replace").replace("\0", "\ufffd")
+    except OSError as error:
+        raise DataError(f"cannot read the captions file {path}: {error}") from error
+    if not text.strip():
+        raise DataError(f"the captions file {path} is empty, wanted a header with image,caption and lines below it")
+    if path.suffix == ".json":
+        items = _from_json(_parse(text, path), path)
+    elif path.suffix == ".jsonl":
+        lines = (line for line in text.splitlines() if line.strip())
+        items = _from_objects([_parse(line, path) for line in lines], path)
+    elif ".token" in path.name:
+        items = _from_token(text, path)
+    else:
+        items = _from_table(text, path)
+    if not items:
+        raise DataError(f"{path} names no pictures; nothing to prepare")
+    return items
+
+
+def _parse(text: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}; is it truncated?") from error
+
+
+def _from_table(text: str, path: Path) -> list[Item]:
+    header = text.split("\n", 1)[0]
+    delimiter = max(",\t|;", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    columns = [name.strip().lower() for name in next(reader)]
+    name = next((columns.index(c) for c in NAME_COLUMNS if c in columns), None)
+    caption = next((columns.index(c) for c in TEXT_COLUMNS if c in columns), None)
+    if name is None or caption is None:
+        raise DataError(
+            f"the first line of {path} is {header[:120]!r}, wanted a header with an image column "
+            f"({', '.join(NAME_COLUMNS)}) and a caption column ({', '.join(TEXT_COLUMNS)})"
+        )
+    split = columns.index("split") if "split" in columns else None
+    items: dict[str, Item] = {}
     for row in reader:
-        name, caption = (row["image"] or "").strip(), (row["caption"] or "").strip()
-        if name:
-            captions.setdefault(name, []).append(caption)
-    if not captions:
-        raise DataError(f"{path} has a header and no line below it; nothing to prepare")
-    return captions
+        if len(row) <= name or not row[name].strip():
+            continue
+        if caption == len(columns) - 1:  # a caption with unquoted delimiters
+            row[caption:] = [delimiter.join(row[caption:])]
+        text_of_row = row[caption] if len(row) > caption else ""
+        for line in text_of_row.split("\n")[1:]:
+            if line.split(delimiter, 1)[0].strip().lower().endswith(_PICTURE_ENDINGS):
+                raise DataError(f"{path}, before line {reader.line_num}: a quote is opened and not closed, lines merge")
+        item = items.setdefault(row[name].strip(), Item(row[name].strip()))
+        item.captions.append(text_of_row.strip())
+        if split is not None and len(row) > split:
+            item.split = split_named(row[split].strip())
+    return list(items.values())
+
+
+def _from_token(text: str, path: Path) -> list[Item]:
+    items: dict[str, Item] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        if not tab:
+            raise DataError(f"{path}, line {number} is {line[:80]!r}, wanted name#0, a tab, and the caption")
+        name = name.rsplit("#", 1)[0].strip()
+        items.setdefault(name, Item(name)).captions.append(caption.strip())
+    return list(items.values())
+
+
+def _from_objects(objects: Iterable[Any], path: Path) -> list[Item]:
+    items: dict[str, Item] = {}
+    for number, entry in enumerate(objects, 1):
+        name = next((entry[c] for c in NAME_COLUMNS if c in entry), None) if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise DataError(f"{path}, object {number} has no picture name, wanted one of {', '.join(NAME_COLUMNS)}")
+        item = items.setdefault(name, Item(name))
+        item.captions += texts(next((entry[c] for c in TEXT_COLUMNS if c in entry), []))
+        if isinstance(entry.get("split"), str):
+            item.split = split_named(entry["split"])
+    return list(items.values())
+
+
+def _from_json(content: Any, path: Path) -> list[Item]:
+    if isinstance(content, list):
+        return _from_objects(content, path)
+    try:
+        if "annotations" in content:  # COCO
+            split = split_named(path.stem.removeprefix("captions_"))
+            by_id = {image["id"]: Item(image["file_name"], split=split) for image in content["images"]}
+            for annotation in content["annotations"]:
+                if annotation["image_id"] in by_id:
+                    by_id[annotation["image_id"]].captions.append(str(annotation["caption"]).strip())
+            return list(by_id.values())
+        if "images" in content:  # Karpathy
+            return [
+                Item(
+                    "/".join(filter(None, (image.get("filepath"), image["filename"]))),
+                    [str(sentence["raw"]).strip() for sentence in image["sentences"]],
+                    split_named(image.get("split", "")),
+                )
+                for image in content["images"]
+            ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} looks like COCO or Karpathy json, but an entry lacks {error}") from error
+    if isinstance(content, dict):
+        return [Item(name, texts(captions)) for name, captions in content.items()]
+    raise DataError(f"{path} holds {type(content).__name__}, wanted COCO, Karpathy, a list of objects or a mapping")
+
+
+def texts(value: Any) -> list[str]:
+    """Return captions given as a string, a list of strings, or a list of objects with a `raw` text, as a list."""
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [text for entry in value for text in texts(entry)]
+    if isinstance(value, dict):
+        return texts(value.get("raw", value.get("caption")))
+    return [str(value).strip()]

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.order import Batch
-from data.pictures import PictureError, decode
-from data.resize import resize
+from data.pictures import PictureError, open_picture
+from data.resize import pixels_of, resize
 from data.schema import IMAGE_MEMBERS, LATENT_MEMBER, DataError
 from data.shards import ShardReader
 from data.transforms import flip_some, to_unit_range
@@ -137,10 +137,12 @@ class ImageSet(ShardDataset):
         if member is None:
             raise DataError(f"sample {self.reader.key(sample)} has {names}, wanted one of {', '.join(IMAGE_MEMBERS)}")
         try:
-            picture = decode(self.reader.read(sample, member) or b"")
-        except PictureError as error:
+            data = self.reader.read(sample, member) or b""
+            picture = open_picture(data)
+            pixels = resize(pixels_of(data, picture, self.image_size, "center_crop"), self.image_size)
+        except (PictureError, OSError, SyntaxError, RuntimeError) as error:
             raise DataError(f"sample {self.reader.key(sample)}: {error}; run: python -m data verify") from error
-        return {"images": np.asarray(resize(picture, self.image_size, "center_crop")).transpose(2, 0, 1)}  # (3, S, S)
+        return {"images": pixels.numpy()}                                                    # (3, S, S)
 
     def finish(self, batch: dict[str, Any], plan: Batch | None) -> dict[str, Any]:
         images = to_unit_range(batch["images"])                                              # (B, 3, S, S)

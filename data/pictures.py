@@ -1,8 +1,8 @@
 """Encoded bytes to RGB pixels and back: the only place that opens a picture.
 
-Only JPEG, PNG and WebP are opened when shards are read; `prepare` opens a few more formats (see `SOURCE_FORMATS`).
-Policies, in this order: the size in the header is checked before anything is decoded, the EXIF orientation is applied,
-transparency is laid over white, palettes, greys and CMYK become RGB, an animation gives its first frame.
+Only JPEG, PNG and WebP are opened when shards are read; `prepare` opens a few more formats. Policies, in this order:
+the size in the header is checked before anything is decoded, the EXIF orientation is applied, transparency is laid over
+white, palettes, greys and CMYK become RGB. An animation is refused by `prepare` and gives its first frame elsewhere.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from data.schema import DataError
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP")
 SOURCE_FORMATS = (*READ_FORMATS, "GIF", "BMP", "TIFF", "PPM")
-MAX_PIXELS = 64_000_000  # a header that claims more is refused before a byte is decoded
 MEMBER_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-_ORIENTATION = 0x0112
+MAX_PIXELS = 64_000_000  # a header that claims more is refused before a byte is decoded
+ORIENTATION = 0x0112
 
 # PIL warns of large pictures where `open_picture` refuses them, a few lines on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class PictureError(DataError):
-    """A picture that cannot be used; `reason` is one word of the drop counts."""
+    """A picture that cannot be used; `reason` is a word or two of the drop counts."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -44,9 +44,9 @@ def open_picture(data: bytes, formats: tuple[str, ...] = READ_FORMATS, max_pixel
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
-        raise PictureError("too many pixels", f"over {max_pixels} pixels: {_short(error)}") from error
+        raise PictureError("too many pixels", f"over {max_pixels} pixels: {short(error)}") from error
     except Exception as error:  # PIL raises many kinds on hostile bytes; all mean the same here
-        raise PictureError("unreadable", f"not one of {', '.join(formats)}: {_short(error)}") from error
+        raise PictureError("unreadable", f"not one of {', '.join(formats)}: {short(error)}") from error
     if picture.width * picture.height > max_pixels:
         raise PictureError("too many pixels", f"{picture.width} x {picture.height} is over {max_pixels} pixels")
     return picture
@@ -58,15 +58,15 @@ def decode(data: bytes, formats: tuple[str, ...] = READ_FORMATS, max_pixels: int
     try:
         return to_rgb(picture)
     except Exception as error:
-        raise PictureError("unreadable", f"the picture does not decode: {_short(error)}") from error
+        raise PictureError("unreadable", f"the picture does not decode: {short(error)}") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Return the first frame upright, opaque (over white) and in RGB."""
     picture.load()
-    if picture.getexif().get(_ORIENTATION, 1) != 1:
+    if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
-    if picture.mode == "RGB":
+    if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode.startswith("I") or picture.mode == "F":  # 16-bit greys: PIL would clip, not scale
         values = np.asarray(picture, np.float64)
@@ -76,6 +76,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return picture.convert("RGB")
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Return (width, height) after the EXIF orientation is applied, from the header alone."""
+    turned = picture.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return (picture.height, picture.width) if turned else (picture.width, picture.height)
 
 
 def encode(picture: Image.Image, member: str, quality: int) -> bytes:
@@ -92,5 +98,6 @@ def encode(picture: Image.Image, member: str, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """Return one line that says what an error of another library was."""
     return f"{type(error).__name__}: {error}"[:160]

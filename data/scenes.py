@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data.schema import DataError, Sample, Stretch
+from data.schema import DataError, Sample, Stretch, cut
 
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 COLOURS = {
@@ -67,7 +67,7 @@ _LIMIT = 1 << 40
 
 @dataclass(frozen=True)
 class Scenes:
-    """`num` scenes of `size` pixels; a source (`stretches`, `read`, `fingerprint`).
+    """`num` scenes of `size` pixels; a source (`chunks`, `read`, `fingerprint`).
 
     Args:
         num: how many scenes.
@@ -95,9 +95,11 @@ class Scenes:
         if self.words and self.size < 48:
             raise DataError(f"--words with --size {self.size} is illegible; use --size 64 or more")
 
-    def stretches(self) -> list[Stretch]:
+    unit = "img"
+
+    def chunks(self, longest: int) -> list[Stretch]:
         """All scenes are split by hash of the key."""
-        return [Stretch(0, self.num)]
+        return cut(0, self.num, longest)
 
     def fingerprint(self) -> str:
         """The options say everything."""

@@ -15,6 +15,7 @@ open_clip reads) and `dropped.jsonl` (key, reason and detail of every sample tha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,9 @@ LATENT_MEMBER = "safetensors"
 # Only these member kinds are ever decoded. Anything else in a tar (pickles, code, arrays) is left as bytes.
 DECODED_MEMBERS = (*IMAGE_MEMBERS, LATENT_MEMBER, "txt", "json", "cls")
 
+# Member kinds of a source that hold a picture; those of `IMAGE_MEMBERS` can also be passed through untouched.
+SOURCE_MEMBERS = (*IMAGE_MEMBERS, "gif", "bmp", "tif", "tiff", "ppm")
+_SPLIT_NAME = re.compile(r"^(train|val|valid|validation|dev|test|restval)(?![a-z])")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
 
 
@@ -65,18 +69,30 @@ class Drop:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Items [start, stop) of a source that share a split; `split` None means: by hash of each key."""
+    """Items [start, stop) of a source; `split` names the only split they can fall into, None where it may be either."""
 
     start: int
     stop: int
     split: str | None = None
 
 
-class Source(Protocol):
-    """An indexed iterator of samples. Reading a range twice gives the same samples, so that shards are independent."""
+def cut(start: int, stop: int, longest: int, split: str | None = None) -> list[Stretch]:
+    """Return [start, stop) as stretches of at most `longest` items, all about equally long."""
+    pieces = -(-(stop - start) // longest)
+    bounds = [start + (stop - start) * i // pieces for i in range(pieces + 1)] if pieces else []
+    return [Stretch(a, b, split) for a, b in itertools.pairwise(bounds)]
 
-    def stretches(self) -> list[Stretch]:
-        """The items in order, cut where the split changes."""
+
+class Source(Protocol):
+    """An indexed iterator of samples. Reading a range twice gives the same samples, so that shards are independent.
+
+    `unit` says what an item is ("img", or "tar" where only whole tars can be addressed).
+    """
+
+    unit: str
+
+    def chunks(self, longest: int) -> list[Stretch]:
+        """All items in order, in stretches of at most `longest`, cut also where the split changes."""
 
     def read(self, start: int, stop: int) -> Iterator[Sample | Drop]:
         """The samples of items [start, stop); unreadable ones as `Drop`."""
@@ -97,9 +113,23 @@ def clean_key(name: str) -> str:
     return f"{clean}_{digest}" if clean else digest
 
 
+def key_hash(key: str) -> bytes:
+    """Return 8 bytes by which keys of a whole set are compared."""
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
+
+
+def split_named(name: str) -> str | None:
+    """Return the split that a folder, file or column states ("train", "val2017", "test-00000"), or None.
+
+    Test pictures are held out, so they count as val; Karpathy's "restval" is trained on.
+    """
+    match = _SPLIT_NAME.match(name.lower())
+    return None if match is None else "train" if match[1] in ("train", "restval") else "val"
+
+
 def split_of(key: str, val_fraction: float) -> str:
     """Return "val" for a `val_fraction` of all keys, "train" for the others: a pure function of the key."""
-    position = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+    position = int.from_bytes(key_hash(key), "big") / 2**64
     return "val" if position < val_fraction else "train"
 
 
@@ -111,11 +141,20 @@ def write_json(path: Path, content: Any) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write, sync and rename into place; `path` never holds a part of `content`."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> DataError:
+    """Return the sentence for a file that cannot be written, for want of space as a rule."""
+    return DataError(f"cannot write {path}: {error.strerror or error}; make room and run the same command again to continue")
 
 
 def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:

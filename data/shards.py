@@ -7,6 +7,7 @@ walking the headers once (512 bytes per member), and then reads a member with on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.schema import DataError
+from data.schema import DataError, unwritable
 
 _BLOCK = 512
 _RECORD = 20 * _BLOCK  # tar pads its files to whole records
@@ -61,21 +62,33 @@ class ShardWriter:
         if self._file is None:
             return
         if kind is not None:
-            self._file.close()
-            self._part.unlink(missing_ok=True)
+            self._abandon()
             return
         self._append(b"\0" * (2 * _BLOCK))  # the end of the archive
         self._append(b"\0" * (-self.bytes % _RECORD))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._part, self.path)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._part, self.path)
+        except OSError as failure:
+            self._abandon()
+            raise unwritable(self.path, failure) from failure
         self.sha256 = self._hash.hexdigest()
 
     def _append(self, content: bytes) -> None:
-        self._file.write(content)
+        try:
+            self._file.write(content)
+        except OSError as failure:
+            self._abandon()
+            raise unwritable(self.path, failure) from failure
         self._hash.update(content)
         self.bytes += len(content)
+
+    def _abandon(self) -> None:
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and there may be no room for it
+            self._file.close()
+        self._part.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from data.datamodule import ImageDataModule
 from data.order import BatchOrder, permutation
-from data.prepare import PrepareConfig, run
+from data.engines import processes, run
+from data.prepare import PrepareConfig
 from data.schema import DataError
 from data.sources import SourceConfig
 
@@ -23,7 +24,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scenes")
     source = SourceConfig("scenes", num=120, size=16)
     config = PrepareConfig(source, size=16, format="png", val_fraction=0.2, shard_size=40)
-    run(config, out, 1, lambda *_: None)
+    run(config, out, processes(1), lambda _: None)
     return out
 
 
