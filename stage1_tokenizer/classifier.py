@@ -43,9 +43,11 @@ class PictureData(Protocol):
     def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]: ...
 
 
-def _conv(n_in: int, n_out: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+def _conv(n_in: int, n_out: int, stride: int = 1, kernel: int = 3, pool: int = 1) -> nn.Sequential:
+    """Convolution, maximum over pool x pool (first, as it leaves less to normalise), batch norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False),
+        nn.MaxPool2d(pool) if pool > 1 else nn.Identity(),
         nn.BatchNorm2d(n_out),
         nn.ReLU(inplace=True),
     )
@@ -132,11 +134,9 @@ class LabelClassifier(Classifier):
     feature_name = "label-classifier"
 
     def __init__(self, slots: Slots, width: int = 32) -> None:
-        def down(n_in: int, n_out: int) -> list[nn.Module]:
-            return [_conv(n_in, n_out), nn.MaxPool2d(2)]
-
-        layers = [_conv(3, width), *down(width, 2 * width), Residual(2 * width), *down(2 * width, 4 * width)]
-        layers += [*down(4 * width, 8 * width), Residual(8 * width), nn.AdaptiveMaxPool2d(1), nn.Flatten()]
+        layers: list[nn.Module] = [_conv(3, width)]
+        layers += [_conv(width, 2 * width, pool=2), Residual(2 * width), _conv(2 * width, 4 * width, pool=2)]
+        layers += [_conv(4 * width, 8 * width, pool=2), Residual(8 * width), nn.AdaptiveMaxPool2d(1), nn.Flatten()]
         super().__init__(nn.Sequential(*layers), 8 * width, slots)
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor:
