@@ -90,9 +90,9 @@ def _take_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
     for name, value in content.items():
         action = known.get(str(name).replace("-", "_"))
         if action is None:
-            raise DataError(f"--config {path}: no option option {name!r}, known are {', '.join(sorted(known))}")
+            raise DataError(f"--config {path}: no option {name!r}, known are {', '.join(sorted(known))}")
         if action.choices is not None and value not in action.choices:
-            raise DataError(f"--config {path}: {name} is {value!r}, wanted one of {', '.join(map(str, action.choices))}")
+            raise DataError(f"--config {path}: {name} is {value!r}, not in {', '.join(map(str, action.choices))}")
         if action.type in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise DataError(f"--config {path}: {name} is {value!r}, wanted a number")
         action.required = False
@@ -140,7 +140,7 @@ def _prepare(options: argparse.Namespace) -> int:
     engine = ENGINES[options.engine](options.workers)
     manifest = run(config, options.out, engine, _progress(), options.num_tasks, options.task_id)
     if manifest is None:
-        print(f"task {options.task_id} of {options.num_tasks} is done; after all: python -m data finalize {options.out}")
+        print(f"task {options.task_id} of {options.num_tasks} is done; then: python -m data finalize {options.out}")
     else:
         _say(manifest, options.out)
     return 0

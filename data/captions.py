@@ -92,7 +92,7 @@ def _parse(text: str, path: Path) -> Any:
 def _from_table(text: str, path: Path) -> list[Item]:
     header = text.split("\n", 1)[0]
     delimiter = max(",\t|;", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     columns = [name.strip().lower() for name in next(reader)]
     name = next((columns.index(c) for c in NAME_COLUMNS if c in columns), None)
     caption = next((columns.index(c) for c in TEXT_COLUMNS if c in columns), None)

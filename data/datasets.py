@@ -142,10 +142,10 @@ class ImageSet(ShardDataset):
             pixels = resize(pixels_of(data, picture, self.image_size, "center_crop"), self.image_size)
         except (PictureError, OSError, SyntaxError, RuntimeError) as error:
             raise DataError(f"sample {self.reader.key(sample)}: {error}; run: python -m data verify") from error
-        return {"images": pixels.numpy()}                                                    # (3, S, S)
+        return {"images": pixels.numpy()}  # (3, S, S)
 
     def finish(self, batch: dict[str, Any], plan: Batch | None) -> dict[str, Any]:
-        images = to_unit_range(batch["images"])                                              # (B, 3, S, S)
+        images = to_unit_range(batch["images"])  # (B, 3, S, S)
         if self.flip and plan is not None:
             # One stream per global position, so that ranks and restarts mirror the same pictures.
             generator = torch.Generator()

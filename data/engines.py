@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data.finalize import finalize, is_finished, read_record, write_plan
 from data.prepare import Chunk, PrepareConfig, fingerprint_of, plan, write_chunk
 from data.schema import DataError, Source
-from data.sources import open_source
+from data.sources import find_kind, open_source
 
 _POLL = 0.3  # seconds between two reports
 
@@ -73,6 +73,12 @@ def run(
     """
     if not 0 <= task_id < num_tasks:
         raise DataError(f"task {task_id} of {num_tasks}: wanted --task-id from 0 to --num-tasks - 1")
+    if config.source.kind == "auto":  # once, since the output may come to lie within the path
+        config = replace(config, source=replace(config.source, kind=find_kind(config.source.path)))
+    if config.source.kind == "tars" and any(
+        out.resolve().is_relative_to(Path(p).resolve()) for p in config.source.path
+    ):
+        raise DataError(f"--out {out} is below --path, so that its shards would become part of the source; move it")
     source = open_source(config.source)
     fingerprint = fingerprint_of(source, config)
     finished = is_finished(out, fingerprint)

@@ -42,7 +42,8 @@ def write_plan(out: Path, config: PrepareConfig, chunks: list[Chunk], fingerprin
                 "choose another --out, or delete it"
             )
         return
-    if out.is_dir() and any(out.iterdir()):
+    begun = ("chunks", "plan.json.")  # what a run that was killed at its very start leaves behind
+    if out.is_dir() and any(not path.name.startswith(begun) for path in out.iterdir()):
         raise DataError(f"--out {out} is not empty and no plan of an earlier run is in it; choose another --out")
     try:
         (out / "chunks").mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def finalize(out: Path) -> dict[str, Any]:
             f"{len(missing)} of {len(chunks)} chunks are not written yet (the first is {missing[0]}); "
             "run prepare again, for every task, and finalize then"
         )
-    for folder in (*SPLITS, "chunks"):
+    for folder in (*SPLITS, "chunks", "."):
         for part in (out / folder).glob("*.part"):  # of killed processes
             part.unlink(missing_ok=True)
     _remove_duplicates(out, chunks, fingerprint, content["near_duplicates"])
@@ -195,7 +196,7 @@ def _write_manifest(out: Path, content: dict[str, Any], chunks: list[Chunk], fin
     counts = {s: sum(shard["count"] for name, shard in shards.items() if name.startswith(s + "/")) for s in SPLITS}
     write_bytes(out / "dropped.jsonl", "".join(lines).encode("utf-8", "replace"))
     if not sum(counts.values()):
-        raise DataError(f"nothing was readable: dropped {dict(sums['dropped'])}; keys and details are in {out}/dropped.jsonl")
+        raise DataError(f"nothing was readable: {dict(sums['dropped'])}; the details are in {out}/dropped.jsonl")
     for split in SPLITS:
         if counts[split]:
             sizes = {name.split("/")[1]: s["count"] for name, s in shards.items() if name.startswith(split + "/")}

@@ -13,9 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.captions import find_captions_files, read_captions
-from data.schema import SOURCE_MEMBERS, SPLITS, DataError, Drop, Sample, Stretch, clean_key, cut, split_named
+from data.schema import SOURCE_MEMBERS, DataError, Drop, Sample, Stretch, clean_key, cut, split_named
 
-IMAGE_FOLDERS = ("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images", "")
+IMAGE_FOLDERS = (
+    "Images",
+    "images",
+    "Flicker8k_Dataset",
+    "Flickr8k_Dataset",
+    "flickr30k_images",
+    "flickr30k-images",
+    "",
+)
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,7 @@ class Pictures:
                 yield Drop(p.key, "unreadable", f"{p.name}: {error}"[:200])
                 continue
             metadata = {"source_name": p.name}
-            yield Sample(
-                p.key, list(p.captions), data, None, p.label, p.label_name, split=p.split, metadata=metadata
-            )
+            yield Sample(p.key, list(p.captions), data, None, p.label, p.label_name, split=p.split, metadata=metadata)
 
 
 def folder_with_captions(path: Path, images: Path | None) -> Pictures:
@@ -90,10 +96,10 @@ def folder_with_captions(path: Path, images: Path | None) -> Pictures:
         DataError: no captions file, no picture folder, or a captions file that cannot be read.
     """
     if not path.exists():
-        raise DataError(f"no file or folder at {path}; --source folder wants a folder with pictures and a captions file")
+        raise DataError(f"no file or folder at {path}; --source folder wants pictures and a captions file")
     files = find_captions_files(path) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"{path} holds no captions file (captions.txt, .csv, .tsv, .jsonl or .json); put it beside Images/")
+        raise DataError(f"{path} holds no captions file (captions.txt, .csv, .tsv, .jsonl or .json)")
     if images is not None and not images.is_dir():
         raise DataError(f"--images {images} is not a folder")
     pictures = []
@@ -150,6 +156,6 @@ def _picture_folder(file: Path, names: list[str]) -> Path:
 def looks_like_classes(path: Path) -> bool:
     """Whether a folder holds folders (below `train/` and the like, or directly) with pictures in them."""
     below = [p for p in path.iterdir() if p.is_dir()]
-    roots = [p for p in below if split_named(p.name) in SPLITS] or [path]
+    roots = [p for p in below if split_named(p.name)] or [path]
     folders = [p for root in roots for p in root.iterdir() if p.is_dir()]
     return any(f.suffix.lower().lstrip(".") in SOURCE_MEMBERS for p in folders[:10] for f in p.iterdir())

@@ -86,10 +86,9 @@ class Parquet:
                         if row + count > start and row < stop:
                             at = row
                             for batch in reader.iter_batches(64, [group], columns):
-                                first, last = max(start - at, 0), min(stop - at, len(batch))
-                                if first < last:
-                                    for i, values in enumerate(batch.slice(first, last - first).to_pylist(), at + first):
-                                        yield self._sample(file, i - self.starts[file], values)
+                                for i in range(max(start - at, 0), min(stop - at, len(batch))):
+                                    values = {c: batch.column(c)[i].as_py() for c in columns}
+                                    yield self._sample(file, at + i - self.starts[file], values)
                                 at += len(batch)
                         row += count
             except self.broken as error:
@@ -111,9 +110,7 @@ class Parquet:
         if not self.text and name is not None:
             captions = [template.format(label=name) for template in self.templates]
         split = split_named(str(values[self.split])) if self.split else None
-        return Sample(
-            key, captions, image=data, label=number, label_name=name, split=split or self._split_of(path)
-        )
+        return Sample(key, captions, image=data, label=number, label_name=name, split=split or self._split_of(path))
 
     @staticmethod
     def _bytes_of(image: Any, path: Path) -> bytes | str:

@@ -70,7 +70,8 @@ class Filters:
                 clean = clean_caption(caption)
                 if len(clean) >= self.min_caption:
                     counts["kept"] += 1
-                    counts["repaired"] += "\ufffd" in caption or any(ord(c) < 32 and c not in "\t\r\n" for c in caption)
+                    if "\ufffd" in caption or any(ord(c) < 32 and c not in "\t\r\n" for c in caption):
+                        counts["repaired"] += 1
                     kept.append(clean)
                     continue
                 reason = "caption empty" if not clean else "caption too short"
@@ -103,8 +104,8 @@ def near_duplicates(hashes: np.ndarray, bits: int) -> dict[int, int]:
         bits: places that may differ.
     """
     _, first, group = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    first_of = first[group.ravel()]                                                          # (N,) equal hashes
-    unique = np.sort(first)                                                                  # (M,) one of each
+    first_of = first[group.ravel()]  # (N,) equal hashes
+    unique = np.sort(first)  # (M,) one of each
     near: dict[int, list[int]] = {}
     for earlier, later in _close_pairs(hashes[unique], bits) if bits else ():
         near.setdefault(int(unique[later]), []).append(int(unique[earlier]))
@@ -121,7 +122,7 @@ def near_duplicates(hashes: np.ndarray, bits: int) -> dict[int, int]:
 
 def _close_pairs(hashes: np.ndarray, bits: int) -> set[tuple[int, int]]:
     """Return all pairs (i < j) of different hashes (M, 16) that differ in at most `bits` places."""
-    spread = np.unpackbits(hashes, axis=1)                                                   # (M, 128)
+    spread = np.unpackbits(hashes, axis=1)  # (M, 128)
     pairs: set[tuple[int, int]] = set()
     for band in np.array_split(np.arange(128), bits + 1):
         values = np.packbits(spread[:, band], axis=1)

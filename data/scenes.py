@@ -122,7 +122,7 @@ class Scenes:
         Returns:
             B attribute dictionaries (see `captions_of`) and (B, S, S, 3) uint8.
         """
-        u = uniforms(self.seed, indices, _DRAWS)                                             # (B, _DRAWS)
+        u = uniforms(self.seed, indices, _DRAWS)  # (B, _DRAWS)
         scenes = [self._describe(row) for row in u]
         return scenes, self._render(u, scenes)
 
@@ -165,12 +165,12 @@ class Scenes:
     def _render(self, u: np.ndarray, scenes: list[dict[str, Any]]) -> np.ndarray:
         S = self.size
         grid = np.arange(S, dtype=np.float32) + 0.5
-        base = np.array([BACKGROUNDS[s["background"]] for s in scenes], np.float32)          # (B, 3)
+        base = np.array([BACKGROUNDS[s["background"]] for s in scenes], np.float32)  # (B, 3)
         base += _colour_jitter(u[:, 32:35])
         angle = (2 * np.pi * u[:, 5]).astype(np.float32)[:, None, None]
         ramp = np.cos(angle) * (grid / S - 0.5)[None, None, :] + np.sin(angle) * (grid / S - 0.5)[None, :, None]
         height = (10 + 14 * u[:, 6]).astype(np.float32)[:, None, None]
-        images = base[:, None, None, :] + (height * ramp)[..., None]                         # (B, S, S, 3)
+        images = base[:, None, None, :] + (height * ramp)[..., None]  # (B, S, S, 3)
         for j in range(self.max_objects):
             for shape in SHAPES:  # one call of a distance function for all scenes whose object j has this shape
                 of_shape = [shape in (item["shape"] for item in s["objects"][j : j + 1]) for s in scenes]
@@ -181,7 +181,7 @@ class Scenes:
                 radius = ((boxes[:, 2] - boxes[:, 0]) / 2)[:, None, None]
                 x = grid[None, None, :] - ((boxes[:, 0] + boxes[:, 2]) / 2)[:, None, None]
                 y = grid[None, :, None] - ((boxes[:, 1] + boxes[:, 3]) / 2)[:, None, None]
-                cover = np.clip(0.5 - _distance(shape, x, y, radius), 0, 1)[..., None]       # (b, S, S, 1)
+                cover = np.clip(0.5 - _distance(shape, x, y, radius), 0, 1)[..., None]  # (b, S, S, 1)
                 colour = np.array([COLOURS[scenes[b]["objects"][j]["colour"]] for b in rows], np.float32)
                 colour += _colour_jitter(u[rows, 14 + 8 * j : 16 + 8 * j])
                 images[rows] += cover * (colour[:, None, None, :] - images[rows])

@@ -154,7 +154,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def unwritable(path: Path, error: OSError) -> DataError:
     """Return the sentence for a file that cannot be written, for want of space as a rule."""
-    return DataError(f"cannot write {path}: {error.strerror or error}; make room and run the same command again to continue")
+    return DataError(f"cannot write {path}: {error.strerror or error}; make room, and run the same command again")
 
 
 def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:

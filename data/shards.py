@@ -161,6 +161,8 @@ def member_places(path: Path) -> Iterator[tuple[str, Place]]:
                 if not header:
                     raise DataError(f"{path} ends without the end of a tar; it is truncated, write or fetch it again")
                 return
+            if len(header) < _BLOCK:
+                raise DataError(f"{path} is truncated inside a header; write or fetch it again")
             file.seek(offset)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
@@ -169,6 +171,9 @@ def member_places(path: Path) -> Iterator[tuple[str, Place]]:
                     if info.offset_data + info.size > size:
                         raise DataError(f"{path} is truncated inside member {info.name}; write or fetch it again")
                     yield info.name, Place(info.offset_data, info.size)
+                file.seek(tar.offset)
+                if file.read(1) != b"\0":
+                    raise DataError(f"{path} ends without the end of a tar; it is truncated, write or fetch it again")
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -272,5 +277,3 @@ def shard_paths(data_dir: Path, split: str) -> list[Path]:
     if not paths:
         raise DataError(f"no .tar in {data_dir / split}; prepare it with: python -m data prepare --out {data_dir}")
     return paths
-
-

@@ -80,8 +80,8 @@ def find_kind(paths: tuple[str, ...]) -> str:
     if looks_like_classes(first):
         return "classes"
     raise DataError(
-        f"cannot tell what {first} holds: wanted pictures and a captions file, folders named by class, parquet files or "
-        f"tars; force one with --source {'|'.join(KINDS)}"
+        f"cannot tell what {first} holds: wanted pictures and a captions file, folders named by class, parquet files "
+        f"or tars; force one with --source {'|'.join(KINDS)}"
     )
 
 

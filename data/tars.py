@@ -37,7 +37,9 @@ def is_remote(path: str) -> bool:
 def refuse_pipe(path: str) -> None:
     """Raise DataError for `pipe:` addresses, which WebDataset would hand to a shell."""
     if path.strip().lower().startswith("pipe:"):
-        raise DataError(f"{path[:80]!r} would run a command; give a path or a URL that fsspec opens, as s3:// or https://")
+        raise DataError(
+            f"{path[:80]!r} would run a command; give a path or a URL that fsspec opens, as s3:// or https://"
+        )
 
 
 def tar_urls(paths: tuple[str, ...]) -> list[str]:

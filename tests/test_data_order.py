@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from data.datamodule import ImageDataModule
-from data.order import BatchOrder, permutation
 from data.engines import processes, run
+from data.order import BatchOrder, permutation
 from data.prepare import PrepareConfig
 from data.schema import DataError
 from data.sources import SourceConfig

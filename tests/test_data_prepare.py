@@ -1,0 +1,385 @@
+"""`prepare`: the same bytes from any engine and after any interruption, filters that count, a manifest that is true."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_samples import contents, dropped_in, encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
+from PIL import Image
+
+from data import finalize as finalize_module
+from data.__main__ import main
+from data.engines import processes, ray, run
+from data.prepare import PrepareConfig
+from data.quality import near_duplicates, picture_hash
+from data.schema import DataError, split_of
+from data.sources import SourceConfig
+from data.verify import verify
+
+SCENES = SourceConfig("scenes", num=60, size=16)
+
+
+def config(**options: Any) -> PrepareConfig:
+    return PrepareConfig(SCENES, **{"size": 16, "format": "png", "val_fraction": 0.25, "shard_size": 7, **options})
+
+
+def test_same_bytes_from_one_process_several_and_tasks(tmp_path: Path) -> None:
+    run(config(), tmp_path / "one", processes(1), lambda _: None)
+    run(config(), tmp_path / "three", processes(3), lambda _: None)
+    for task in (2, 0, 1):
+        assert run(config(), tmp_path / "tasks", processes(1), lambda _: None, 3, task) is None
+    finalize_module.finalize(tmp_path / "tasks")
+    assert contents(tmp_path / "one") == contents(tmp_path / "three") == contents(tmp_path / "tasks")
+    assert len(list((tmp_path / "one").glob("train/*.tar"))) == 9
+
+
+@pytest.mark.slow
+def test_same_bytes_from_ray(tmp_path: Path) -> None:
+    cluster = pytest.importorskip("ray")
+    run(config(shard_size=20), tmp_path / "one", processes(1), lambda _: None)
+    cluster.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        run(config(shard_size=20), tmp_path / "ray", ray, lambda _: None)
+    finally:
+        cluster.shutdown()
+    assert contents(tmp_path / "one") == contents(tmp_path / "ray")
+
+
+def test_tasks_that_are_missing_are_named(tmp_path: Path) -> None:
+    run(config(), tmp_path / "out", processes(1), lambda _: None, 3, 1)
+    with pytest.raises(DataError, match="6 of 9 chunks are not written yet"):
+        finalize_module.finalize(tmp_path / "out")
+    with pytest.raises(DataError, match="--task-id from 0"):
+        run(config(), tmp_path / "out", processes(1), lambda _: None, 3, 3)
+
+
+def test_a_finished_run_does_nothing_again_and_other_options_are_refused(tmp_path: Path) -> None:
+    run(config(), tmp_path / "out", processes(1), lambda _: None)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    run(config(), tmp_path / "out", processes(1), lambda _: None)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    with pytest.raises(DataError, match="other options"):
+        run(config(quality=50), tmp_path / "out", processes(1), lambda _: None)
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="not empty"):
+        run(config(), tmp_path, processes(1), lambda _: None)
+    with pytest.raises(DataError, match="is a file"):
+        run(config(), tmp_path / "notes.txt", processes(1), lambda _: None)
+
+
+def test_lost_and_damaged_shards_are_written_again(tmp_path: Path) -> None:
+    run(config(), tmp_path / "out", processes(1), lambda _: None)
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / "train" / "00002.tar").unlink()
+    with open(tmp_path / "out" / "val" / "00001.tar", "ab") as file:
+        file.write(b"\0" * 512)
+    (tmp_path / "out" / "chunks" / "00004.json").write_text('{"fingerpr')
+    (tmp_path / "out" / "manifest.json").unlink()
+    run(config(), tmp_path / "out", processes(1), lambda _: None)
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """SIGKILL of the main process, in the middle of whatever it does; its workers end themselves."""
+    folder = flickr_folder(tmp_path / "flickr", count=180, captions=2)
+    for i in range(0, 180, 9):  # something for the last phase to remove
+        shutil.copy(folder / "Images" / "000_ab.jpg", folder / "Images" / f"{i:03d}_ab.jpg")
+    options = ["--path", str(folder), "--size", "16", "--shard-size", "6", "--near-duplicates", "0", "--workers", "2"]
+    command = [sys.executable, "-m", "data", "prepare", *options, "--val-fraction", "0.2", "--out"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    begin = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True, capture_output=True)
+    span = time.monotonic() - begin
+    clock = random.Random(0)
+    kills = finished = 0
+    while kills < 20:
+        out = tmp_path / f"killed{finished}"
+        process = subprocess.Popen(
+            [*command, str(out)], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        try:
+            process.wait(clock.uniform(0.1, 0.9) * span)
+            finished += 1  # it was through before the blow; start another one
+            assert contents(out) == contents(tmp_path / "whole")
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    subprocess.run([*command, str(out)], env=environment, check=True, capture_output=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    keys = [key for _, key, _ in samples_in(out)]
+    assert len(keys) == len(set(keys)) == 180 - 19
+
+
+def test_a_crash_between_any_two_writes_ends_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail at the n-th rename, for every n: each file is there whole or not at all, and the next run completes them."""
+    folder = flickr_folder(tmp_path / "flickr", count=14, captions=1)
+    shutil.copy(folder / "Images" / "001_ab.jpg", folder / "Images" / "011_ab.jpg")
+    source = SourceConfig("folder", (str(folder),))
+    options = {"size": 60, "resize": "no", "filters": {"near_duplicates": 0}}
+    assert prepared(source, tmp_path / "whole", **options)["dropped"] == {"near duplicate": 1}
+    whole = contents(tmp_path / "whole")
+    rename = os.replace
+    for fatal in range(100):
+        count = -1
+
+        def replace(a: Any, b: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == fatal:  # noqa: B023
+                raise KeyboardInterrupt
+            rename(a, b)
+
+        out = tmp_path / f"out{fatal}"
+        monkeypatch.setattr(os, "replace", replace)
+        try:
+            prepared(source, out, **options)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            monkeypatch.setattr(os, "replace", rename)
+        prepared(source, out, **options)
+        assert contents(out) == whole, f"after a crash at rename {fatal}"
+        assert not list(out.rglob("*.part"))
+    assert fatal > 10
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_can_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # as if 8 kB were left
+    try:
+        with pytest.raises(DataError, match="cannot write .*make room"):
+            run(config(shard_size=60), out, processes(1), lambda _: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(out.rglob("*.part")) and not list(out.rglob("*.tar"))
+    run(config(shard_size=60), out, processes(1), lambda _: None)
+    run(config(shard_size=60), tmp_path / "whole", processes(1), lambda _: None)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    folder = flickr_folder(tmp_path / "flickr", count=12)
+    source = PrepareConfig(SourceConfig("folder", (str(folder),)), size=16, format="png", shard_size=5)
+
+    def report(progress: Any) -> None:
+        if progress.chunks == 1:
+            (folder / "Images" / "000_ab.jpg").write_bytes(encoded(photo(500), quality=30))
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        run(source, tmp_path / "out", processes(1), report)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_splits_follow_the_key_and_not_the_order(tmp_path: Path) -> None:
+    run(config(shard_size=60), tmp_path / "a", processes(1), lambda _: None)
+    run(config(shard_size=9), tmp_path / "b", processes(1), lambda _: None)
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert all(split == split_of(key, 0.25) for split, key, _ in samples_in(out))
+    share = np.mean([split_of(f"{i:09d}", 0.25) == "val" for i in range(20_000)])
+    assert share == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_everything_may_go_to_one_split(tmp_path: Path, fraction: float) -> None:
+    manifest = prepared(SCENES, tmp_path, val_fraction=fraction)
+    assert manifest["counts"] == {"train": 60 * (1 - fraction), "val": 60 * fraction}
+
+
+def test_manifest_counts_and_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    manifest = prepared(SCENES, tmp_path)
+    for name, shard in manifest["shards"].items():
+        content = (tmp_path / name).read_bytes()
+        assert shard["bytes"] == len(content) and shard["sha256"] == hashlib.sha256(content).hexdigest()
+    assert sum(s["count"] for s in manifest["shards"].values()) == 60 == sum(manifest["counts"].values())
+    for split in ("train", "val"):
+        sizes = json.loads((tmp_path / split / "sizes.json").read_text())
+        assert sizes == {n.split("/")[1]: s["count"] for n, s in manifest["shards"].items() if n.startswith(split)}
+    assert sum(manifest["caption_length"].values()) == 180 == manifest["captions"]["kept"]
+    assert manifest["short_side"] == {"16": 60}
+
+
+def test_filters_count_their_reasons(tmp_path: Path) -> None:
+    pictures = {"ok": (60, 40), "small": (30, 12), "long": (200, 20), "big": (300, 300)}
+    (tmp_path / "Images").mkdir()
+    for i, (name, size) in enumerate(pictures.items()):
+        (tmp_path / "Images" / f"{name}.jpg").write_bytes(encoded(photo(i, *size)))
+    (tmp_path / "Images" / "mute.jpg").write_bytes(encoded(photo(9)))
+    captions = [f"{name}.jpg,a picture" for name in pictures] + ["mute.jpg,", "mute.jpg,x", f"ok.jpg,{'y' * 60}"]
+    (tmp_path / "captions.txt").write_text("image,caption\n" + "\n".join(captions) + "\n")
+    filters = {"min_side": 16, "max_aspect": 5, "max_pixels": 50_000, "min_caption": 2, "max_caption": 50}
+    manifest = prepared(SourceConfig("folder", (str(tmp_path),)), tmp_path / "out", filters=filters)
+    assert manifest["dropped"] == {"aspect": 1, "no caption": 1, "too many pixels": 1, "too small": 1}
+    assert manifest["captions"] == {"caption empty": 1, "caption too long": 1, "caption too short": 1, "kept": 4}
+    assert list(records_in(tmp_path / "out")) == ["ok"]
+    assert ("ok", "caption too long") in dropped_in(tmp_path / "out")
+
+
+def test_near_duplicates_go_across_shards_and_splits(tmp_path: Path) -> None:
+    """A recompressed and a resized copy are found, another picture is not, and the first one stays."""
+    (tmp_path / "Images").mkdir()
+    for i in range(12):
+        (tmp_path / "Images" / f"{i:02d}.jpg").write_bytes(encoded(photo(i, 90, 60), quality=92))
+    (tmp_path / "Images" / "50.jpg").write_bytes(encoded(photo(3, 90, 60), quality=60))
+    (tmp_path / "Images" / "51.png").write_bytes(encoded(photo(4, 90, 60).resize((72, 48)), "PNG"))
+    names = sorted(path.name for path in (tmp_path / "Images").iterdir())
+    (tmp_path / "captions.txt").write_text("image,caption\n" + "".join(f"{name},x y\n" for name in names))
+    source = SourceConfig("folder", (str(tmp_path),))
+    manifest = prepared(source, tmp_path / "out", filters={"near_duplicates": 6})
+    assert manifest["dropped"] == {"near duplicate": 2}
+    assert set(dropped_in(tmp_path / "out")) == {("50", "near duplicate"), ("51", "near duplicate")}
+    assert sorted(records_in(tmp_path / "out")) == [f"{i:02d}" for i in range(12)]
+    assert list(verify(tmp_path / "out")) == []
+    assert prepared(source, tmp_path / "all")["dropped"] == {}
+
+
+@pytest.mark.parametrize("bits", [0, 3, 8])
+def test_near_duplicates_equal_those_of_comparing_all_pairs(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    hashes = rng.integers(0, 256, (400, 16), np.uint8)
+    for i in range(200, 400):  # copies of earlier ones with a few bits flipped, and copies of copies
+        hashes[i] = hashes[rng.integers(0, i)]
+        for place in rng.choice(128, rng.integers(0, 6), replace=False):
+            hashes[i, place // 8] ^= 1 << (place % 8)
+    distance = np.bitwise_count(hashes[:, None] ^ hashes[None]).sum(2)
+    stays: list[int] = []
+    gone = set()
+    for i in range(400):
+        if any(distance[i, j] <= bits for j in stays):
+            gone.add(i)
+        else:
+            stays.append(i)
+    assert set(near_duplicates(hashes, bits)) == gone and len(gone) > 20
+
+
+def test_picture_hash_is_close_for_copies_and_far_for_others() -> None:
+    def bits(a: Image.Image, b: Image.Image) -> int:
+        pair = [np.frombuffer(picture_hash(p), np.uint8) for p in (a, b)]
+        return int(np.bitwise_count(pair[0] ^ pair[1]).sum())
+
+    copy = Image.open(io.BytesIO(encoded(photo(1, 120, 90), quality=50)))
+    assert bits(photo(1, 120, 90), copy) <= 6
+    assert min(bits(photo(1, 120, 90), photo(i, 120, 90)) for i in range(2, 20)) > 20
+
+
+def test_keep_passes_the_bytes_through(tmp_path: Path) -> None:
+    folder = flickr_folder(tmp_path / "flickr", count=4, captions=1)
+    (folder / "Images" / "003_ab.jpg").write_bytes(encoded(photo(1), "BMP"))  # not a member kind: becomes png
+    prepared(SourceConfig("folder", (str(folder),)), tmp_path / "out", format="keep", resize="no")
+    for _, key, members in samples_in(tmp_path / "out"):
+        original = (folder / "Images" / f"{key}.jpg").read_bytes()
+        if key == "003_ab":
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(members["png"]))), np.asarray(photo(1)))
+        else:
+            assert members["jpg"] == original
+            assert json.loads(members["json"])["sha256"] == hashlib.sha256(original).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [("center_crop", (32, 32)), ("keep_ratio", (64, 32)), ("budget", (45, 22)), ("no", (120, 60))]
+)
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_resize_policies(tmp_path: Path, mode: str, size: tuple[int, int], kind: str) -> None:
+    (tmp_path / "Images").mkdir()
+    (tmp_path / "Images" / "a.jpg").write_bytes(encoded(photo(5, 120, 60), quality=95))
+    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,x\n")
+    source = SourceConfig("folder", (str(tmp_path),))
+    prepared(source, tmp_path / "out", size=32, resize=mode, format=kind, quality=95)
+    ((_, _, members),) = samples_in(tmp_path / "out")
+    picture = Image.open(io.BytesIO(members[kind]))
+    assert picture.size == size == tuple(json.loads(members["json"])[side] for side in ("width", "height"))
+    box = (30, 0, 90, 60) if mode == "center_crop" else (0, 0, 120, 60)
+    wanted = photo(5, 120, 60).resize(size, Image.Resampling.BICUBIC, box=box)
+    assert np.abs(np.asarray(picture, np.int16) - np.asarray(wanted, np.int16)).mean() < (2 if kind == "png" else 7)
+
+
+def test_large_jpegs_are_decoded_reduced_and_look_the_same(tmp_path: Path) -> None:
+    (tmp_path / "Images").mkdir()
+    large = photo(6, 1600, 1200)
+    (tmp_path / "Images" / "a.jpg").write_bytes(encoded(large, quality=95))
+    (tmp_path / "captions.txt").write_text("image,caption\na.jpg,x\n")
+    prepared(SourceConfig("folder", (str(tmp_path),)), tmp_path / "out", size=64)
+    ((_, _, members),) = samples_in(tmp_path / "out")
+    picture = Image.open(io.BytesIO(members["png"]))
+    wanted = large.resize((64, 64), Image.Resampling.BICUBIC, box=(200, 0, 1400, 1200))
+    error = np.mean((np.asarray(picture, np.float64) - np.asarray(wanted)) ** 2)
+    assert 10 * np.log10(255**2 / error) > 40
+    assert json.loads(members["json"])["original_width"] == 1600
+
+
+def test_verify_names_what_is_wrong_down_to_the_member(tmp_path: Path) -> None:
+    manifest = prepared(SCENES, tmp_path, format="jpg")
+    assert list(verify(tmp_path)) == []
+    first, second, third, *_ = [name for name in manifest["shards"] if name.startswith("train")]
+    members = [(f"{k}.{m}", c) for s, k, ms in samples_in(tmp_path) for m, c in ms.items() if s == "train"][:9]
+    spoiled = [(n, c[: len(c) // 2] if n == members[3][0] else c) for n, c in members]
+    tar_of(tmp_path / first, spoiled)
+    (tmp_path / second).unlink()
+    (tmp_path / third).write_bytes((tmp_path / third).read_bytes()[:2000])
+    shutil.copy(tmp_path / first, tmp_path / "train" / "77777.tar")
+    problems = "\n".join(verify(tmp_path))
+    assert f"{first}: {members[3][0]}: " in problems and members[0][0] not in problems
+    assert f"{second}: missing" in problems
+    assert f"{third}: " in problems and "truncated" in problems
+    assert "77777.tar: not in the manifest" in problems
+
+
+def test_commands_end_with_a_sentence_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["prepare", "--source", "scenes", "--num", "30", "--size", "16", "--out", out, "--workers", "1"]) == 0
+    assert "train and" in capsys.readouterr().out
+    assert main(["verify", out]) == 0 and main(["stats", out]) == 0
+    assert "caption length" in capsys.readouterr().out
+    assert main(["prepare", "--path", str(tmp_path / "nowhere"), "--out", out]) == 1
+    assert "no file or folder at" in capsys.readouterr().err
+    assert main(["stats", str(tmp_path)]) == 1
+    assert "no manifest.json" in capsys.readouterr().err
+    (tmp_path / "out" / "train" / "00000.tar").unlink()
+    assert main(["verify", out]) == 1
+    assert main(["prepare", "--source", "scenes", "--num", "0", "--out", out]) == 1
+
+
+def test_options_from_a_file_are_checked_and_the_command_line_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("source: scenes\nnum: 40\nsize: 16\nval-fraction: 0.5\nworkers: 1\n")
+    arguments = ["prepare", "--config", str(file), "--out"]
+    assert main([*arguments, str(tmp_path / "a"), "--num", "20"]) == 0
+    assert len(records_in(tmp_path / "a")) == 20
+    for line, sentence in (("nmu: 3", "no option 'nmu'"), ("size: big", "wanted a number"), ("source: foo", "not in")):
+        file.write_text(line + "\n")
+        assert main([*arguments, str(tmp_path / "b")]) == 1
+        assert sentence in capsys.readouterr().err
+
+
+def test_prepare_starts_without_torch() -> None:
+    code = "import sys, data.__main__ as m; m.main(['prepare', '--help'])"
+    check = "import data.engines, data.sources, data.finalize, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], check=True)
+    assert (
+        "--near-duplicates"
+        in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    )
