@@ -105,7 +105,8 @@ class Classifier(nn.Module):
 class AttributeClassifier(Classifier):
     """Reads the attributes of scenes: a small network that keeps places apart (it flattens, it does not pool).
 
-    The first convolution halves the picture: full-size feature maps would be half of the time and add nothing.
+    The first convolution halves the picture: full-size feature maps would be half of the time and add nothing. At 16
+    pixels and below there are residual blocks; `width` is that at 16, half as wide at twice the side.
     """
 
     feature_name = "attribute-classifier"
@@ -114,10 +115,13 @@ class AttributeClassifier(Classifier):
         halvings = round(math.log2(image_size / 4))
         if image_size != 4 * 2**halvings or halvings < 2:
             raise ValueError(f"got pictures of {image_size} pixels, wanted 16, 32, 64, ...; they are halved to 4")
-        widths = [min(width * 2**level, 128) for level in range(halvings)]
-        layers: list[nn.Module] = [_conv(3, width, stride=2, kernel=5), Residual(width)]
-        for n_in, n_out in itertools.pairwise(widths):
-            layers += [_conv(n_in, n_out, stride=2), Residual(n_out)]
+        sides = [image_size >> level for level in range(1, halvings + 1)]  # ..., 16, 8, 4
+        widths = [3, *(min(width * 16 // side, 128) for side in sides)]
+        layers: list[nn.Module] = []
+        for side, (n_in, n_out) in zip(sides, itertools.pairwise(widths), strict=True):
+            layers.append(_conv(n_in, n_out, stride=2, kernel=5 if n_in == 3 else 3))
+            if side <= 16:
+                layers.append(Residual(n_out))
         layers += [nn.Flatten(), nn.Linear(16 * widths[-1], feature_dim), nn.ReLU()]
         super().__init__(nn.Sequential(*layers), feature_dim, slots)
 
@@ -167,8 +171,13 @@ class Budget:
     check_every: int = 200
 
 
-SCENE_BUDGET = Budget(steps=3000, seconds=70, target=0.997)
 PHOTO_BUDGET = Budget(steps=6000, seconds=440, learning_rate=6e-3)
+
+
+def scene_budget(image_size: int) -> Budget:
+    """Scenes of 32 pixels take 30 to 60 seconds of one core; larger ones hold more objects, and words."""
+    scale = max(1, image_size // 32)
+    return Budget(steps=3000 * scale, seconds=70 * scale**2, target=0.997)
 
 
 def fit_classifier(
@@ -269,8 +278,9 @@ def report_classifier(
         classifier = LabelClassifier(Slots({"class": names}))
     else:
         return None
-    chosen = budget or (SCENE_BUDGET if isinstance(classifier, AttributeClassifier) else PHOTO_BUDGET)
-    accuracy = fit_classifier(classifier, data, chosen, seed, device)
+    if budget is None:
+        budget = scene_budget(data["images"].shape[-1]) if isinstance(classifier, AttributeClassifier) else PHOTO_BUDGET
+    accuracy = fit_classifier(classifier, data, budget, seed, device)
     save_classifier(classifier, folder, fingerprint, data["images"].shape[-1], accuracy)
     return classifier
 

@@ -1,5 +1,7 @@
 """The page of the reconstruction report: from its metrics and a few pictures to a `Report`; measures nothing."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ def page(metrics: Mapping[str, Any], pictures: Mapping[str, Any], skipped: Seque
     report = Report(
         "Reconstruction by prefix length",
         f"{metrics['num_images']:,} held-out pictures; {lengths[-1]} latents of {metrics['floats'][1]} floats; "
-        "the first k latents decoded, next to the first principal components with the same number of floats.",
+        "the first k latents decoded, next to the first principal components with the same number of floats. No decoder reads a caption: a picture is made from latents alone.",
     )
     report.figures(headlines(metrics))
     _main_table(report, metrics, lengths)
@@ -109,6 +111,9 @@ def _main_table(report: Report, metrics: Mapping[str, Any], lengths: Sequence[in
                 columns.append((f"PCA {kind}", entry[f"pca_{kind}"], "{:.2f}"))
     # One measure per row: a table that grows downwards stays readable on a narrow screen.
     rows = [[title, *(form.format(by_k[k]) for k in lengths)] for title, by_k, form in columns]
+    bits = list(itertools.accumulate(metrics["latents"]["rate_bits"]))
+    if all(math.isfinite(value) for value in bits):
+        rows.insert(0, ["bits at most (rate)", *(f"{bits[k - 1]:,.0f}" for k in lengths)])
     rows.insert(0, ["floats", *(str(metrics["floats"][k]) for k in lengths)])
     notes = [
         f"FD is the Fréchet distance to the held-out pictures in {n[8:-1]} features, n = {e['n']:,}; "
@@ -185,7 +190,7 @@ def _curves(report: Report, metrics: Mapping[str, Any], lengths: Sequence[int]) 
             {"learned": line(metrics["linear_probe"]["learned"]), "PCA": line(metrics["linear_probe"]["pca"])},
         )
     positions = list(range(1, len(metrics["latents"]["rate_bits"]) + 1))
-    if all(bits < float("inf") for bits in metrics["latents"]["rate_bits"]):
+    if all(map(math.isfinite, metrics["latents"]["rate_bits"])):
         report.curve(
             "Rate of each latent",
             "position",
