@@ -27,6 +27,8 @@ class Spec:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # Of a class without a constructor anywhere; where there is one, each instance has its own.
+        cls.spec = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": {}}
         if "__init__" not in cls.__dict__:
             return
         original = cls.__init__

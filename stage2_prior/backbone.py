@@ -106,7 +106,7 @@ class Backbone(Spec, nn.Module):
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens, on this module's device."""
-        weight = self.blocks[0].attention.q.weight  # type: ignore[union-attr]
+        weight = next(self.blocks.parameters())
         shape = (batch, self.heads, length, self.width // self.heads)
 
         def buffers() -> list[Tensor]:

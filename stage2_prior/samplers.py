@@ -18,6 +18,7 @@ Letters: M rows, C channels, h = t_i - t_{i+1} > 0, v_i = field(x_i, t_i).
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +191,11 @@ class Solver(Spec, nn.Module):
                 f"got steps={evaluations}, wanted a positive multiple of {self.per_step}: {type(self).__name__} asks"
                 f" its network {self.per_step} times per interval."
             )
-        return type(self)(steps=evaluations // self.per_step, power=self.power)
+        return type(self)(**self.options() | {"steps": evaluations // self.per_step})
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"steps": self.steps, "power": self.power}
 
     def forward(
         self, field: Field, x: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0

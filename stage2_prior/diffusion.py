@@ -1,0 +1,134 @@
+"""Diffusion on the cosine schedule (Nichol & Dhariwal 2021, eq. 17), as pure functions, and its two samplers.
+
+x_t = alpha_t x + sigma_t noise with alpha_t^2 = cos^2((t + s)/(1 + s) pi/2) / cos^2(s/(1 + s) pi/2), s = 0.008, and
+sigma_t^2 = 1 - alpha_t^2; t = 0 data, t = 1 noise, continuous. At t = 1 alpha would be 0 and nothing could be said about
+the data from the noise in x_t; it is held at the value that 1,000 discrete steps end on.
+
+A *denoiser* is `x = denoise(x_t, t)`, the expected data; the samplers walk a grid of times down from 1 to 0 with it.
+Three targets describe the same network answer: noise, data, or v = alpha noise - sigma x (Salimans & Ho 2022). The first
+divides by alpha: at t near 1 it blows an error up ten-thousandfold, which is why ODE steps on a noise target need many.
+
+Letters: M rows, C channels.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.spec import Spec
+from stage2_prior.samplers import Field, Grid, SamplerError, Solver
+
+OFFSET = 0.008
+LEAST_ALPHA = 4.9e-5  # sqrt(alpha bar) of the last of 1,000 steps whose betas are clipped at 0.999
+
+
+def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha_t, sigma_t) of the cosine schedule for times t in [0, 1], same shape."""
+    angle = (t + OFFSET) / (1 + OFFSET) * (math.pi / 2)
+    alpha = (angle.cos() / math.cos(OFFSET / (1 + OFFSET) * math.pi / 2)).clamp(LEAST_ALPHA, 1.0)
+    return alpha, (1 - alpha.square()).sqrt()
+
+
+def alpha_sigma_at(t: float) -> tuple[float, float]:
+    """`alpha_sigma` of one time, as floats."""
+    alpha, sigma = alpha_sigma(torch.tensor(t, dtype=torch.float64))
+    return float(alpha), float(sigma)
+
+
+class NoiseTarget(Spec, nn.Module):
+    """The network answers with the noise (MAR)."""
+
+    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise
+
+    def data(self, x_t: Tensor, answer: Tensor, alpha: float, sigma: float) -> Tensor:
+        return (x_t - sigma * answer) / alpha
+
+
+class DataTarget(Spec, nn.Module):
+    """The network answers with the data."""
+
+    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x
+
+    def data(self, x_t: Tensor, answer: Tensor, alpha: float, sigma: float) -> Tensor:
+        return answer
+
+
+class VelocityTarget(Spec, nn.Module):
+    """The network answers with v = alpha noise - sigma x."""
+
+    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * noise - sigma * x
+
+    def data(self, x_t: Tensor, answer: Tensor, alpha: float, sigma: float) -> Tensor:
+        return alpha * x_t - sigma * answer
+
+
+Target = NoiseTarget | DataTarget | VelocityTarget
+
+
+def ddim(denoise: Field, x: Tensor, grid: Grid) -> Tensor:
+    """Deterministic steps: x_s = alpha_s x + sigma_s noise with both as estimated at t (Song et al. 2021, eq. 12)."""
+    for t, s in pairwise(grid):
+        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma_at(t), alpha_sigma_at(s)
+        data = denoise(x, t)
+        x = alpha_s * data + sigma_s / sigma * (x - alpha * data) if s > 0 else data
+    return x
+
+
+def ddpm(
+    denoise: Field,
+    x: Tensor,
+    grid: Grid,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    variance: float = 0.0,
+) -> Tensor:
+    """Ancestral steps (Ho et al. 2020, algorithm 2) between any two times of the grid.
+
+    The injected variance lies between the posterior's (`variance` 0, too small for a wide target) and the forward
+    step's (1, too large for a narrow one), interpolated in its logarithm. The last step injects nothing.
+    """
+    for t, s in pairwise(grid):
+        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma_at(t), alpha_sigma_at(s)
+        data = denoise(x, t)
+        if s <= 0:
+            return data
+        ratio = alpha / alpha_s  # sqrt of the forward step's alpha
+        beta = 1 - ratio**2
+        posterior = beta * sigma_s**2 / sigma**2
+        x = alpha_s * beta / sigma**2 * data + ratio * sigma_s**2 / sigma**2 * x
+        std = math.exp(0.5 * ((1 - variance) * math.log(posterior) + variance * math.log(beta)))
+        x = x + std * temperature * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x
+
+
+class DDIM(Solver):
+    """`ddim`: one evaluation a step."""
+
+    method = staticmethod(ddim)
+
+    def __init__(self, steps: int = 50, power: float = 1.0):
+        super().__init__(steps, power)
+
+
+class DDPM(Solver):
+    """`ddpm`: one evaluation a step; `variance` from 0 (posterior) to 1 (forward step)."""
+
+    def __init__(self, steps: int = 100, power: float = 1.0, variance: float = 0.0):
+        super().__init__(steps, power)
+        if not 0 <= variance <= 1:
+            raise SamplerError(f"got variance={variance}, wanted 0 (the posterior's) to 1 (the forward step's).")
+        self.variance = variance
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "variance": self.variance}
+
+    def forward(
+        self, field: Field, x: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        return ddpm(field, x, self.grid(), generator, temperature, self.variance)

@@ -1,0 +1,363 @@
+"""Do trained heads draw from the right distribution? Four toys in the plane, one head for all, tests of two samples.
+
+The toys are conditional: the condition row says which one. Each claim comes with a control that must fail.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage2_prior.diffusion import DDIM, DDPM, DataTarget, NoiseTarget, VelocityTarget, alpha_sigma, alpha_sigma_at
+from stage2_prior.diffusion_head import DiffusionHead
+from stage2_prior.head_nets import AdaLNNet, HeadNet, HoistedNet
+from stage2_prior.heads import CleanOutput, FlowHead, Head, HeadError, MSEHead, NoiseOutput, VelocityOutput
+from stage2_prior.likelihood import flow_log_prob
+from stage2_prior.samplers import Field, Midpoint
+
+TOYS = ("moons", "ring", "bimodal", "narrow")
+
+
+def toy(name: str, n: int, g: torch.Generator) -> Tensor:
+    """(n, 2) points: two moons, a ring, two points with a little noise, a Gaussian of condition number 100."""
+    e, u = torch.randn(n, 2, generator=g), torch.rand(n, generator=g)
+    if name == "moons":
+        angle, upper = math.pi * torch.rand(n, generator=g), (u < 0.5).float()
+        x = torch.stack([angle.cos() + (1 - upper) - 0.5, (2 * upper - 1) * angle.sin() + 0.5 * (1 - upper) - 0.25], 1)
+        return x + 0.08 * e
+    if name == "ring":
+        return torch.stack([(2 * math.pi * u).cos(), (2 * math.pi * u).sin()], 1) + 0.08 * e
+    if name == "bimodal":
+        return torch.stack([torch.where(u < 0.5, -1.0, 1.0), torch.zeros(n)], 1) + 0.1 * e
+    return e * torch.tensor([1.5, 0.15]) @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+
+
+def rows(index: int, n: int) -> Tensor:
+    return torch.eye(len(TOYS))[index].expand(n, -1)
+
+
+def train(head: Head, steps: int, batch: int = 256) -> Head:
+    """A few seconds: AdamW and Muon, cosine to zero, every toy in every batch."""
+    g = torch.Generator().manual_seed(0)
+    optimizer = MuonAdamW(parameter_groups(head), lr=3e-3, matrix_lr=0.02)
+    base = [group["lr"] for group in optimizer.param_groups]
+    for step in range(steps):
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * warmup_flat_cosine(step, steps)
+        x = torch.cat([toy(name, batch // len(TOYS), g) for name in TOYS])
+        cond = torch.eye(len(TOYS)).repeat_interleave(batch // len(TOYS), 0)
+        loss = head.loss(cond, x, g).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.eval()
+
+
+@pytest.fixture(scope="module")
+def flow() -> Head:
+    torch.manual_seed(0)
+    return train(FlowHead(HoistedNet(2, len(TOYS), width=64, depth=3)), 900)
+
+
+@pytest.fixture(scope="module")
+def mse() -> Head:
+    torch.manual_seed(0)
+    return train(MSEHead(2, len(TOYS), width=64), 300)
+
+
+def energy_p_value(a: Tensor, b: Tensor, permutations: int = 200) -> float:
+    """Permutation test of the energy distance: how often a random split of both samples is as far apart."""
+    g = torch.Generator().manual_seed(5)
+    pooled, n = torch.cat([a, b]), len(a)
+    distance = torch.cdist(pooled, pooled)
+
+    def statistic(sign: Tensor) -> Tensor:
+        return -(sign @ distance @ sign)  # 2 E|a-b| - E|a-a'| - E|b-b'| up to a factor
+
+    sign = torch.cat([torch.ones(n), -torch.ones(len(b))])
+    found = statistic(sign)
+    others = torch.stack([statistic(sign[torch.randperm(len(sign), generator=g)]) for _ in range(permutations)])
+    return ((others >= found).sum().item() + 1) / (permutations + 1)
+
+
+def classifier_auc(a: Tensor, b: Tensor) -> float:
+    """Area under the curve of a small classifier on held-out halves; 0.5 if the two samples cannot be told apart."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, weight_decay=0.01)
+    n = len(a) // 2
+    x, y = torch.cat([a[:n], b[:n]]), torch.cat([torch.ones(n), torch.zeros(n)])
+    for _ in range(150):
+        loss = nn.functional.binary_cross_entropy_with_logits(net(x)[:, 0], y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        ours, theirs = net(a[n:])[:, 0], net(b[n:])[:, 0]
+    return (ours[:, None] > theirs).float().mean().item()
+
+
+def draw(head: Head, index: int, n: int, temperature: float = 1.0, steps: int | None = None, seed: int = 3) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        return head.sample(rows(index, n), plan=head.plan(steps), temperature=temperature, generator=g)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOYS)
+def test_a_trained_flow_head_cannot_be_told_from_the_toy(flow: Head, name: str) -> None:
+    index, g = TOYS.index(name), torch.Generator().manual_seed(9)
+    real, ours = toy(name, 2000, g), draw(flow, index, 2000, steps=16)
+    assert energy_p_value(real[:500], ours[:500]) > 0.01
+    assert classifier_auc(real, ours) < 0.56
+    cold = draw(flow, index, 2000, temperature=0.3, steps=16)  # control: wrong temperature
+    assert energy_p_value(real[:500], cold[:500]) < 0.01 and classifier_auc(real, cold) > 0.6
+
+
+@pytest.mark.slow
+def test_the_mean_of_a_bimodal_toy_is_where_nothing_is(flow: Head, mse: Head) -> None:
+    """Control for the whole idea: squared error collapses to 0 between two modes at -1 and 1; the flow head does not."""
+    index = TOYS.index("bimodal")
+    assert draw(mse, index, 500)[:, 0].abs().max() < 0.2
+    ours = draw(flow, index, 500)[:, 0]
+    assert (ours.abs() > 0.6).float().mean() > 0.95 and 0.4 < (ours > 0).float().mean() < 0.6
+
+
+@pytest.mark.slow
+def test_eight_evaluations_are_close_to_many(flow: Head) -> None:
+    few, many = (torch.cat([draw(flow, i, 500, steps=n) for i in range(len(TOYS))]) for n in (8, 128))
+    assert (few - many).abs().mean() < 0.06  # the same noise ends in the same place
+    other = torch.cat([draw(flow, i, 500, steps=128, seed=4) for i in range(len(TOYS))])
+    assert (other - many).abs().mean() > 0.3  # control
+
+
+@pytest.mark.slow
+def test_likelihood_is_that_of_a_known_density(flow: Head) -> None:
+    """The narrow Gaussian's log-density, and that of points far from it."""
+    assert isinstance(flow, FlowHead)
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    g, index = torch.Generator().manual_seed(2), TOYS.index("narrow")
+    x = toy("narrow", 300, g)
+    e = x @ turn.T / torch.tensor([1.5, 0.15])
+    exact = -0.5 * e.square().sum(1) - math.log(2 * math.pi) - math.log(1.5 * 0.15)
+    found = flow_log_prob(flow, rows(index, 300), x, 16)
+    assert (found - exact).abs().mean() < 0.2 and abs((found - exact).mean().item()) < 0.1
+    assert (flow_log_prob(flow, rows(index, 300), x, 8) - found).abs().mean() < 0.05  # the solver's own error
+    assert flow_log_prob(flow, rows(index, 1), torch.tensor([[3.0, -3.0]]), 16) < -20  # control
+
+
+# -- without training -------------------------------------------------------------------------------------------------
+
+
+class Exact(HeadNet):
+    """A head network that knows: the velocity of N(mean, s^2), mean = the condition row's first C entries."""
+
+    def __init__(self, s: float, latent_dim: int = 2, cond_dim: int = 2):
+        super().__init__(latent_dim, cond_dim, 8, 0)
+        self.s = s
+
+    def time(self, t: Tensor) -> Tensor:
+        return t.unsqueeze(-1)
+
+    def condition(self, c: Tensor) -> Tensor:
+        return c
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        t, s2 = time, self.s**2
+        slope = (t - (1 - t) * s2) / ((1 - t) ** 2 * s2 + t**2)
+        return -condition + slope * (x - (1 - t) * condition)
+
+
+def test_likelihood_of_the_exact_field_is_exact() -> None:
+    head, x = FlowHead(Exact(0.4)), torch.randn(50, 2)
+    cond = torch.randn(50, 2)
+    exact = -0.5 * ((x - cond) / 0.4).square().sum(1) - 2 * math.log(0.4) - math.log(2 * math.pi)
+    errors = [(flow_log_prob(head, cond, x, steps) - exact).abs().max().item() for steps in (8, 16)]
+    assert errors[1] < 0.02 and errors[1] < errors[0] / 6  # fourth order
+    assert (flow_log_prob(FlowHead(Exact(0.5)), cond, x, 16) - exact).abs().mean() > 0.1  # control
+
+
+def test_guidance_is_the_guided_ode_and_not_a_product_of_densities() -> None:
+    """Against 1,000 plain Euler steps of v_u + w (v_c - v_u), for two Gaussians of unlike widths."""
+
+    class Two(Exact):
+        """Conditional N(2, 0.5^2) where the row says 2, unconditional N(0, 1) where it says 0."""
+
+        def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+            s2 = torch.where(condition[..., :1] == 2.0, 0.25, 1.0)
+            slope = (time - (1 - time) * s2) / ((1 - time) ** 2 * s2 + time**2)
+            return -condition + slope * (x - (1 - time) * condition)
+
+    net, w, n = Two(1.0), 2.0, 4000
+    head = FlowHead(net, solver=Midpoint(steps=32))
+    c, u = torch.full((n, 2), 2.0), torch.zeros(n, 2)
+    with torch.no_grad():
+        found = head.sample(c, u, w, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(n, 2, generator=torch.Generator().manual_seed(1))
+        for i in range(1000):
+            t = torch.tensor([1 - i / 1000])
+            v_c, v_u = net(x, t, c), net(x, t, u)
+            x = x - (v_u + w * (v_c - v_u)) / 1000
+    torch.testing.assert_close(found, x, rtol=0, atol=0.02)
+    precision = w / 0.25 - (w - 1) / 1.0  # of p_c^w p_u^(1-w)
+    product = torch.tensor([w * 2.0 / 0.25 / precision, precision**-0.5])
+    measured = torch.stack([found.mean(), found.std()])
+    assert (measured - product).abs().max() > 0.05  # control: that is another distribution
+
+
+@pytest.mark.parametrize("output", [VelocityOutput(), CleanOutput(), NoiseOutput()])
+def test_every_output_learns_the_same_velocity(output: VelocityOutput | CleanOutput | NoiseOutput) -> None:
+    """With answers that make v right, the loss is only what the noise leaves: the same for all three."""
+
+    class Answer(Exact):
+        def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+            v = super().forward(x, time, condition)
+            if isinstance(output, CleanOutput):
+                return x - time.clamp(min=0.05) * v
+            return x + (1 - time).clamp(min=0.05) * v if isinstance(output, NoiseOutput) else v
+
+    cond = torch.randn(400, 2)
+    x = cond + 0.4 * torch.randn(400, 2, generator=torch.Generator().manual_seed(1))
+    losses = [
+        FlowHead(net, out).loss(cond, x, torch.Generator().manual_seed(2))
+        for net, out in ((Answer(0.4), output), (Exact(0.4), VelocityOutput()))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+def test_draws_of_t_are_stratified_and_share_the_condition() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    class Counting(AdaLNNet):
+        def condition(self, c: Tensor) -> Tensor:
+            calls.append(tuple(c.shape))
+            return super().condition(c)
+
+    head = FlowHead(Counting(2, 4), draws=4)
+    assert head.loss(torch.randn(6, 4), torch.randn(6, 2)).shape == (6,)
+    assert calls == [(6, 4)]
+
+
+def test_rows_that_share_their_times_must_fill_groups() -> None:
+    head = FlowHead(HoistedNet(2, 4), rows_per_time=3)
+    assert head.loss(torch.randn(6, 4), torch.randn(6, 2)).shape == (6,)
+    with pytest.raises(HeadError, match="multiple of rows_per_time"):
+        head.loss(torch.randn(7, 4), torch.randn(7, 2))
+
+
+def test_hoisted_network_asks_for_time_once_per_grid_and_condition_once_per_latent() -> None:
+    calls = {"time": 0, "condition": 0, "forward": 0}
+
+    class Counting(HoistedNet):
+        def time(self, t: Tensor) -> Tensor:
+            calls["time"] += 1
+            return super().time(t)
+
+        def condition(self, c: Tensor) -> Tensor:
+            calls["condition"] += 1
+            return super().condition(c)
+
+        def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+            calls["forward"] += 1
+            return super().forward(x, time, condition)
+
+    head = FlowHead(Counting(2, 4))
+    plan = head.plan()
+    for _ in range(5):
+        head.sample(torch.randn(3, 4), plan=plan)
+    assert calls == {"time": 1, "condition": 5, "forward": 40}
+
+
+# -- diffusion --------------------------------------------------------------------------------------------------------
+
+
+def gaussian_denoiser(mu: float, s: float) -> Field:
+    """E[x | x_t] for x ~ N(mu, s^2) on the cosine schedule."""
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = alpha_sigma_at(t)
+        return mu + alpha * s**2 / (alpha**2 * s**2 + sigma**2) * (x - alpha * mu)
+
+    return denoise
+
+
+def test_cosine_schedule_keeps_variance_and_runs_from_data_to_noise() -> None:
+    alpha, sigma = alpha_sigma(torch.linspace(0, 1, 101))
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(101))
+    assert alpha[0] == 1 and alpha[-1] < 1e-4 and bool((alpha.diff() < 0).all())
+
+
+def test_ddim_is_of_first_order_and_ddpm_has_the_right_spread() -> None:
+    e = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = [(DDIM(n)(gaussian_denoiser(0.5, 0.3), e) - (0.5 + 0.3 * e)).abs().mean() for n in (100, 200)]
+    assert 1.6 < errors[0] / errors[1] < 2.4 and errors[1] < 0.01
+    g = torch.Generator().manual_seed(1)
+    spread = {v: DDPM(100, variance=v)(gaussian_denoiser(0.5, 0.3), e, g).std().item() / 0.3 for v in (0.0, 1.0)}
+    assert 0.9 < spread[0.0] < 1.0 < spread[1.0] < 1.1  # the two bounds lie on the two sides
+    few = DDPM(10)(gaussian_denoiser(0.5, 0.3), e, g).std().item() / 0.3
+    assert few < 0.85  # control: ten ancestral steps shrink
+    torch.testing.assert_close(
+        DDPM(200)(gaussian_denoiser(0.5, 1.0), 0.5 * e, g, 0.5).std().item(), 0.5, rtol=0.05, atol=0
+    )
+
+
+@pytest.mark.parametrize("target", [NoiseTarget(), DataTarget(), VelocityTarget()])
+def test_every_diffusion_target_gives_back_the_data(target: NoiseTarget | DataTarget | VelocityTarget) -> None:
+    x, noise = torch.randn(2, 30, 2, dtype=torch.float64)
+    for t in (0.1, 0.5, 0.9):
+        alpha, sigma = alpha_sigma_at(t)
+        answer = target.target(x, noise, torch.tensor(alpha), torch.tensor(sigma))
+        torch.testing.assert_close(target.data(alpha * x + sigma * noise, answer, alpha, sigma), x)
+
+
+@pytest.mark.slow
+def test_a_trained_diffusion_head_finds_both_modes() -> None:
+    torch.manual_seed(0)
+    head = DiffusionHead(HoistedNet(2, len(TOYS), width=48, depth=2), VelocityTarget())
+    train(head, 500)
+    for sampler in (DDPM(100, variance=0.5), DDIM(100)):
+        head.sampler = sampler
+        ours = draw(head, TOYS.index("bimodal"), 1000)
+        assert (ours[:, 0].abs() > 0.6).float().mean() > 0.95 and 0.4 < (ours[:, 0] > 0).float().mean() < 0.6
+        assert abs(ours[:, 1].std().item() - 0.1) < 0.04
+
+
+HEADS: dict[str, Callable[[], Head]] = {
+    "flow": lambda: FlowHead(AdaLNNet(2, 4)),
+    "diffusion": lambda: DiffusionHead(HoistedNet(2, 4), sampler=DDPM(5)),
+    "mse": lambda: MSEHead(2, 4, sigma=0.5),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_guidance_one_and_zero_are_the_plain_branches_for_every_head(name: str) -> None:
+    torch.manual_seed(0)
+    head = HEADS[name]()
+    for parameter in head.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    c, u = torch.randn(2, 5, 4)
+
+    def sample(cond: Tensor, uncond: Tensor | None, w: float) -> Tensor:
+        with torch.no_grad():
+            return head.sample(cond, uncond, w, generator=torch.Generator().manual_seed(1))
+
+    assert torch.equal(sample(c, u, 1.0), sample(c, None, 1.0))
+    assert torch.equal(sample(c, u, 0.0), sample(u, None, 1.0))
+    torch.testing.assert_close(sample(c, c, 3.0), sample(c, None, 1.0), rtol=1e-3, atol=1e-3)
+    assert (sample(c, u, 3.0) - sample(c, u, 1.0)).abs().max() > 1e-3  # control
+    with pytest.raises(HeadError, match="without unconditional rows"):
+        sample(c, None, 2.0)
+
+
+@pytest.mark.parametrize("options", [{"draws": 0}, {"time_std": 0.0}, {"rows_per_time": 0}])
+def test_impossible_options_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(HeadError, match="want"):
+        FlowHead(AdaLNNet(2, 4), **options)  # type: ignore[arg-type]
+    with pytest.raises(HeadError, match="wanted 1"):
+        MSEHead(2, 4).plan(8)
+    with pytest.raises(HeadError, match="sigma"):
+        MSEHead(2, 4, sigma=-1.0)
