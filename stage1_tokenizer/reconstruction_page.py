@@ -23,7 +23,8 @@ def page(metrics: Mapping[str, Any], pictures: Mapping[str, Any], skipped: Seque
     report = Report(
         "Reconstruction by prefix length",
         f"{metrics['num_images']:,} held-out pictures; {lengths[-1]} latents of {metrics['floats'][1]} floats; "
-        "the first k latents decoded, next to the first principal components with the same number of floats. No decoder reads a caption: a picture is made from latents alone.",
+        "the first k latents decoded, next to the first principal components with the same number of floats. "
+        "No decoder reads a caption: a picture is made from latents alone.",
     )
     report.figures(headlines(metrics))
     _main_table(report, metrics, lengths)
