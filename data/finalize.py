@@ -1,8 +1,8 @@
 """Chunks to one dataset: remove what occurs twice, collect the statistics, write the manifest last.
 
 Keys and near-duplicates can be compared only when everything is written. A shard that holds one is rewritten without
-it, under the same name and atomically, and its record is updated; were the program killed between the two, the sizes no
-longer match and the chunk is written again from the source. So this too ends in the same bytes after any interruption.
+it, under the same name and atomically. Its record is removed before that and written anew after it: were the program
+killed in between, the chunk would be written again from the source. So this too ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -163,6 +163,8 @@ def _rewrite(out: Path, chunk: int, name: str, fingerprint: str, removed: dict[i
         return
     reader = ShardReader([out / name])
     drops = []
+    # A chunk without a record counts as not written. Sizes could not tell it: tars are padded to whole records.
+    (out / "chunks" / f"{chunk:05d}.json").unlink()
     with ShardWriter(out / name) as writer:
         for sample in range(len(reader)):
             if sample in removed:
