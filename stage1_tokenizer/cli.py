@@ -135,6 +135,8 @@ class UnspoolCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.precision = resolve_precision(self.option("precision"), self.option("trainer.accelerator"))
         settings = {"precision": self.precision, "default_root_dir": str(self.folder.run_dir), **kwargs}
+        if self.option("trainer.strategy") == "ddp":  # text losses run on some steps only and leave parameters unused
+            settings["strategy"] = "ddp_find_unused_parameters_true"
         if self.option("trainer.logger") is None:
             settings["logger"] = (
                 MetricsFile(self.folder.metrics_file) if self.subcommand in ("fit", "validate") else False
@@ -161,6 +163,8 @@ class UnspoolCLI(LightningCLI):
             config["resume"], config["overwrite"] = None, False  # they belong to one command, not to the run
             text = self._parser("fit").dump(config, skip_none=False)
             self.folder.begin_fit(text, self.option("seed_everything"), self.resume_path, self.option("overwrite"))
+        if self.trainer.num_devices > 1 and self.trainer.strategy.root_device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.trainer.num_devices))
         if self.option("compile"):
             compile_networks(model.networks)  # type: ignore[arg-type]
         self._announce(model)

@@ -123,9 +123,11 @@ class MetricsFile(Logger):
 
 def describe_process() -> dict[str, Any]:
     """What a result depends on besides its config: time, command, commit, versions, threads, device."""
+    script = Path(sys.argv[0])
+    program = f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [program, *sys.argv[1:]],
         "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed_version(name)) is not None},

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +332,29 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path, capsys: pytest.C
         run(tmp_path, "--trainer.max_steps=2", "--resume=auto", "--model.width=12")
     error = capsys.readouterr().err
     assert stopped.value.code == 1 and "does not fit this configuration" in error and "size mismatch" in error
+
+
+@pytest.mark.slow
+def test_two_ranks_fit_and_resume(tmp_path: Path) -> None:
+    script = tmp_path / "two_ranks.py"
+    script.write_text(
+        "from stage1_tokenizer.cli import run_cli\nfrom tests.test_cli import NumbersModule, TinyLit\n"
+        "if __name__ == '__main__':\n    run_cli('stage1', TinyLit, NumbersModule, 'two_ranks')\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    ranks = ["accelerator=cpu", "devices=2", "strategy=ddp", "max_epochs=-1", "use_distributed_sampler=false"]
+    fit = ["fit", f"--run_dir={tmp_path / 'run'}", "--precision=32-true", *(f"--trainer.{word}" for word in ranks)]
+    for words in (["--trainer.max_steps=3"], ["--trainer.max_steps=6", "--resume=auto"]):
+        command = [sys.executable, str(script), *fit, *words]
+        done = subprocess.run(
+            command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    stored = checkpoint(tmp_path / "run")
+    assert stored["global_step"] == 6
+    first, second = (states["torch"] for states in stored["random_states"])
+    assert not torch.equal(first, second)  # ranks draw different noise
+    assert (tmp_path / "run" / "tokenizer" / "weights.pt").is_file()
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
