@@ -12,11 +12,13 @@ Letters: B batch, K latents, C latent channels, E embedding width, L text tokens
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stage1_tokenizer.layers import MATRIX, LayerNorm, Linears, linear, mark
 from stage1_tokenizer.spec import Spec
@@ -51,7 +53,10 @@ class TextTower(Spec, nn.Module):
                 mark(parameter, MATRIX)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.normalize(self.transformer(ids).float(), dim=-1)  # (B,E)
+        # the backward of fused attention on a CPU would take a third of a text step (see layers.attend)
+        plain = ids.device.type == "cpu" and torch.is_grad_enabled()
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return F.normalize(self.transformer(ids).float(), dim=-1)  # (B,E)
 
 
 class PrefixReader(Spec, nn.Module):

@@ -1,0 +1,184 @@
+"""The tokenizer's contract: exact prefixes, determinism, standardised latents, files, and refusals."""
+
+import json
+
+import pytest
+import torch
+from tests.tiny import CAPTIONS, SIZE, WIDTH, C, K, pictures, tiny_tokenizer
+
+from stage1_tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("linear_path", [False, True])
+def test_prefix_does_not_depend_on_how_many_latents_there_are(linear_path: bool) -> None:
+    tokenizer = tiny_tokenizer(linear_path=linear_path)
+    if tokenizer.linear_path is not None:
+        tokenizer.linear_path.fit(pictures(40, seed=3))
+    full = tokenizer.encode(pictures())
+    assert full.shape == (5, K, C)
+    for k in range(1, K + 1):
+        torch.testing.assert_close(tokenizer.encode(pictures(), k), full[:, :k], atol=1e-5, rtol=0)
+
+
+def test_changing_a_query_leaves_every_earlier_latent_as_it_was() -> None:
+    tokenizer = tiny_tokenizer()
+    before = tokenizer.encode(pictures())
+    with torch.no_grad():
+        tokenizer.encoder.queries[3] += torch.randn(WIDTH)
+    after = tokenizer.encode(pictures())
+    torch.testing.assert_close(after[:, :3], before[:, :3], atol=1e-5, rtol=0)
+    assert (after[:, 3] - before[:, 3]).abs().max() > 1e-2
+    assert (after[:, 4:] - before[:, 4:]).abs().max() > 1e-4, "later queries read earlier ones"
+
+
+def test_decode_of_a_prefix_ignores_what_was_dropped() -> None:
+    tokenizer = tiny_tokenizer()
+    z = tokenizer.encode(pictures())
+    raw = torch.cat([z[:, :2], torch.full_like(z[:, 2:], 50.0)], 1)
+    keep = torch.arange(K)[None].expand(len(z), -1) < 2
+    noisy = tokenizer.decoder.decode(raw, keep)
+    torch.testing.assert_close(tokenizer.decode(z[:, :2]), noisy.clamp(-1, 1), atol=1e-5, rtol=0)
+    assert (tokenizer.decode(z[:, :3]) - tokenizer.decode(z[:, :2])).abs().max() > 1e-4
+
+
+def test_encode_is_deterministic_and_decode_stays_in_range() -> None:
+    tokenizer = tiny_tokenizer()
+    z = tokenizer.encode(pictures())
+    torch.testing.assert_close(z, tokenizer.encode(pictures()), atol=0, rtol=0)
+    x = tokenizer.decode(20 * z)
+    assert x.shape == (5, 3, SIZE, SIZE) and x.abs().max() <= 1
+
+
+def test_statistics_standardise_posterior_samples() -> None:
+    tokenizer = tiny_tokenizer()
+    images = pictures(400)
+    assert tokenizer.fit_statistics(images.split(100)) == 400
+    mean, std = tokenizer.posterior(images)
+    sample = mean + std * torch.randn_like(mean)
+    torch.testing.assert_close(mean.mean(0), torch.zeros(K, C), atol=1e-3, rtol=0)
+    torch.testing.assert_close((mean.var(0) + std.square().mean(0)).sqrt(), torch.ones(K, C), atol=5e-3, rtol=0)
+    assert 0.9 < sample.std() < 1.1
+
+
+def test_statistics_do_not_change_what_is_decoded() -> None:
+    tokenizer = tiny_tokenizer()
+    before = tokenizer.decode(tokenizer.encode(pictures())[:, :3])
+    tokenizer.fit_statistics([pictures(50, seed=9)])
+    torch.testing.assert_close(tokenizer.decode(tokenizer.encode(pictures())[:, :3]), before, atol=1e-4, rtol=0)
+
+
+def test_exported_folder_round_trips(tmp_path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.fit_statistics([pictures(50)])
+    tokenizer.save_pretrained(tmp_path / "tok")
+    loaded = Tokenizer.from_pretrained(tmp_path / "tok")
+    assert sorted(p.name for p in (tmp_path / "tok").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    torch.testing.assert_close(loaded.encode(pictures()), tokenizer.encode(pictures()), atol=0, rtol=0)
+    torch.testing.assert_close(loaded.embed_text(CAPTIONS), tokenizer.embed_text(CAPTIONS), atol=0, rtol=0)
+    assert loaded.fingerprint == tokenizer.fingerprint and not loaded.training
+
+
+def test_fingerprint_follows_the_latent_space_only() -> None:
+    tokenizer = tiny_tokenizer()
+    before = tokenizer.fingerprint
+    with torch.no_grad():
+        tokenizer.decoder.queries += 1
+    assert tokenizer.fingerprint == before
+    tokenizer.latent_mean += 0.1
+    assert tokenizer.fingerprint != before
+
+
+def test_embeddings_are_unit_vectors_of_the_prefix() -> None:
+    tokenizer = tiny_tokenizer()
+    z = tokenizer.encode(pictures())
+    for k in (1, K):
+        e = tokenizer.embed_latents(z[:, :k])
+        torch.testing.assert_close(e.norm(dim=-1), torch.ones(5), atol=1e-4, rtol=0)
+    changed = z.clone()
+    changed[:, 2:] += 5
+    torch.testing.assert_close(tokenizer.embed_latents(changed[:, :2]), tokenizer.embed_latents(z[:, :2]))
+    text = tokenizer.embed_text(CAPTIONS)
+    assert text.shape == (4, e.shape[1]) and (text @ text.T - torch.eye(4)).abs().max() > 1e-3
+
+
+def test_losses_have_gradients_everywhere_and_a_finite_total() -> None:
+    tokenizer = tiny_tokenizer().train()
+    ids, _ = tokenizer.vocabulary.encode(CAPTIONS)
+    parts = tokenizer.losses(pictures(4), ids)
+    assert {"pixel", "prefix", "kl", "text"} <= parts.keys()
+    tokenizer.total(parts).backward()
+    dead = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not dead
+
+
+def test_training_reduces_the_loss() -> None:
+    tokenizer = tiny_tokenizer(text=False).train()
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
+    images, losses = pictures(32), []
+    for step in range(60):
+        loss = tokenizer.total(tokenizer.losses(images, step=step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (torch.zeros(2, 3, 8, 8), "wanted (B, 3, 16, 16)"),
+        (torch.zeros(2, 1, SIZE, SIZE), "wanted (B, 3, 16, 16)"),
+        (torch.zeros(3, SIZE, SIZE), "wanted (B, 3, 16, 16)"),
+        (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), "x / 127.5 - 1"),
+        (torch.full((2, 3, SIZE, SIZE), 200.0), "wanted finite values in [-1, 1]"),
+        (torch.full((2, 3, SIZE, SIZE), float("nan")), "wanted finite values in [-1, 1]"),
+    ],
+)
+def test_wrong_images_are_refused_with_one_sentence(images: torch.Tensor, said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        tiny_tokenizer().encode(images)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_wrong_latents_are_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="wanted a prefix of 1 to 6"):
+        tokenizer.decode(torch.zeros(2, K + 1, C))
+    with pytest.raises(ValueError, match="wanted \\(B, k, 4\\)"):
+        tokenizer.decode(torch.zeros(2, K, C + 1))
+    with pytest.raises(ValueError, match="without text supervision"):
+        tiny_tokenizer(text=False).embed_text(["a"])
+
+
+def test_damaged_or_foreign_folders_are_refused(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="run fit first"):
+        Tokenizer.from_pretrained(tmp_path / "nothing")
+    folder = tiny_tokenizer().save_pretrained(tmp_path / "tok")
+    config = json.loads((folder / "config.json").read_text())
+
+    def rewrite(**changes) -> None:
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+    rewrite(format=99)
+    with pytest.raises(ValueError, match="update unspool"):
+        Tokenizer.from_pretrained(folder)
+    rewrite(class_path="os.system")
+    with pytest.raises(ValueError, match="trusted"):
+        Tokenizer.from_pretrained(folder)
+    rewrite(class_path="stage1_tokenizer.order.PrefixLengths", init_args={})
+    with pytest.raises(ValueError, match="holds a PrefixLengths, wanted a Tokenizer"):
+        Tokenizer.from_pretrained(folder)
+    tiny_tokenizer(text=False).save_pretrained(tmp_path / "other")
+    (folder / "config.json").write_text((tmp_path / "other" / "config.json").read_text())
+    with pytest.raises(ValueError, match="not from one export"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_disagreeing_parts_are_refused_at_construction() -> None:
+    parts = tiny_tokenizer().spec["init_args"]
+    from stage1_tokenizer.spec import build
+
+    parts["decoder"]["init_args"]["num_latents"] = K + 2
+    with pytest.raises(ValueError, match=r"encoder.num_latents is 6 but decoder.num_latents is 8"):
+        build({"class_path": "stage1_tokenizer.tokenizer.Tokenizer", "init_args": parts})

@@ -1,0 +1,51 @@
+"""Small models that several tests share: real classes, sizes of a few thousand parameters."""
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.bottleneck import KLBottleneck
+from stage1_tokenizer.decoder import ViTDecoder
+from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
+from stage1_tokenizer.linear_path import LinearPath
+from stage1_tokenizer.order import PrefixLengths
+from stage1_tokenizer.text import PrefixReader, PrefixText, SoftmaxContrast, TextTower
+from stage1_tokenizer.tokenizer import Tokenizer
+from stage1_tokenizer.vocabulary import CaptionVocabulary
+
+SIZE, K, C, WIDTH = 16, 6, 4, 32
+CAPTIONS = ["a red circle", "a blue square above a green star", "a small red star", "two yellow squares"]
+
+
+def tiny_tokenizer(text: bool = True, linear_path: bool = False, seed: int = 0) -> Tokenizer:
+    """16-pixel tokenizer of 6 x 4 floats in eval mode, all weights away from zero so that every path is alive."""
+    torch.manual_seed(seed)
+    vocabulary = CaptionVocabulary(64, 12)
+    vocabulary.fit(CAPTIONS)
+    tokenizer = Tokenizer(
+        SIZE,
+        QFormerEncoder(PatchTrunk(SIZE, 4, WIDTH, 1, 2, stem_width=8), K, 2, 2),
+        KLBottleneck(WIDTH, K, C),
+        ViTDecoder(SIZE, 4, K, C, WIDTH, 1, 2, tail_channels=8, tail_depth=1, base=linear_path),
+        PrefixLengths(K),
+        PrefixText(TextTower(vocabulary, 32, 1, 2, 16), PrefixReader(K, C, 32, 16), SoftmaxContrast(), [1, 2, K])
+        if text
+        else None,
+        LinearPath(SIZE, K, C) if linear_path else None,
+    )
+    awaken(tokenizer)
+    return tokenizer.eval()
+
+
+def awaken(module: torch.nn.Module) -> None:
+    """Give zero-initialised matrices small random values: a property that holds only at zero is not one."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim >= 2 and not parameter.any():
+                parameter.normal_(std=0.1)
+
+
+def pictures(n: int = 5, size: int = SIZE, seed: int = 1) -> Tensor:
+    """(n,3,size,size) smooth random pictures in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 4, 4, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")
