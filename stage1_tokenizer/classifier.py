@@ -175,9 +175,9 @@ PHOTO_BUDGET = Budget(steps=6000, seconds=440, learning_rate=6e-3)
 
 
 def scene_budget(image_size: int) -> Budget:
-    """Scenes of 32 pixels take 30 to 60 seconds of one core; larger ones hold more objects, and words."""
+    """800 steps at 32 pixels, about a minute of two cores; more for larger scenes, with their words and third objects."""
     scale = max(1, image_size // 32)
-    return Budget(steps=3000 * scale, seconds=70 * scale**2, target=0.997)
+    return Budget(steps=800 * scale**2, seconds=200 * scale, target=0.997)
 
 
 def fit_classifier(

@@ -28,9 +28,9 @@ def page(metrics: Mapping[str, Any], pictures: Mapping[str, Any], skipped: Seque
     )
     report.figures(headlines(metrics))
     _main_table(report, metrics, lengths)
+    _grid(report, metrics, pictures, lengths)
     report.section("Curves")
     _curves(report, metrics, lengths)
-    _grid(report, metrics, pictures, lengths)
     if "baseline" in metrics:
         _baseline_table(report, metrics["baseline"])
     if "classifier" in metrics:

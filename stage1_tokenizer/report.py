@@ -33,7 +33,8 @@ from stage1_tokenizer.metrics import Skipped
 from stage1_tokenizer.run_folder import describe_process
 
 GAP = 2  # pixels between pictures of a strip, before scaling
-SERIES_COLOURS = ("#3b6fd4", "#d9822b", "#2a9d6f", "#b14fc5", "#c2424d", "#7a7f87")
+SERIES_COLOURS = ("#3b6fd4", "#d9822b", "#2a9d6f", "#b14fc5", "#c2424d", "#8a6d3b")
+REFERENCE_COLOUR = "#7a7f87"
 INK = {"light": "#1d2330", "dark": "#d9dee8"}
 STYLE = """
 :root{--page:#f6f7f9;--card:#fff;--ink:#1d2330;--soft:#5d6675;--line:#dfe3ea;--accent:#3b6fd4;color-scheme:light dark}
@@ -261,7 +262,10 @@ def _draw_curve(
         axes = canvas.add_subplot()
         for index, (label, (x, y)) in enumerate(series.items()):
             colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
-            axes.plot(x, y, marker="o", markersize=4, linewidth=1.8, color=colour, label=label)
+            if len(set(y)) == 1 and len(y) > 1:  # a level to compare with, not a measurement at each x
+                axes.axhline(y[0], linestyle="--", linewidth=1.3, color=REFERENCE_COLOUR, label=label)
+            else:
+                axes.plot(x, y, marker="o", markersize=4, linewidth=1.8, color=colour, label=label)
         ticks = sorted({value for x, _ in series.values() for value in x})
         if len(ticks) > 8:
             ticks = [tick for tick in ticks if math.log2(tick).is_integer()]
