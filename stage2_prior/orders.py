@@ -1,0 +1,146 @@
+"""In which order a line is modelled, and who sees whom: one builder for the permutation and one for each mask.
+
+A learned tokenizer's latents have an order of their own; latents of a grid (patches) have none, and raster, spiral and
+zigzag are the customary inventions. `order.permutation(...)[i]` is the position modelled as the i-th. Reversed and
+random orders of a learned line are controls: if its order means anything, they must do worse.
+
+Masks are bool, True = visible, (B, 1, n, n) over the tokens [words | line], words being visible to everyone and seeing
+each other, padding to nobody.
+
+Letters: B batch, K latents, L caption tokens, S noisy copies of each latent.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.spec import Spec
+
+
+class OrderError(ValueError):
+    """An order that does not fit the latents or the prior it is for."""
+
+
+class LearnedOrder(Spec, nn.Module):
+    """The order in which the tokenizer puts its latents; the base of the other orders."""
+
+    varies = False  # True: another permutation for every sample
+
+    def positions(self, num_latents: int) -> list[int]:
+        """The positions in the order of modelling. Raises OrderError if the order does not fit K."""
+        return list(range(num_latents))
+
+    def permutation(
+        self, batch: int, num_latents: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """(B,K) long: row b's i-th entry is the position modelled as the i-th."""
+        return torch.tensor(self.positions(num_latents), device=device).expand(batch, -1)
+
+
+class ReversedOrder(LearnedOrder):
+    """Last first: detail before meaning, the control of a learned order."""
+
+    def positions(self, num_latents: int) -> list[int]:
+        return list(range(num_latents))[::-1]
+
+
+class RandomOrder(LearnedOrder):
+    """Another order for every sample."""
+
+    varies = True
+
+    def permutation(
+        self, batch: int, num_latents: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return torch.rand(batch, num_latents, generator=generator, device=device).argsort(dim=1)
+
+
+class RasterOrder(LearnedOrder):
+    """Latents of a grid of `rows` x `columns`, stored row by row: left to right, top to bottom."""
+
+    def __init__(self, rows: int, columns: int):
+        super().__init__()
+        if rows < 1 or columns < 1:
+            raise OrderError(f"got a grid of {rows} x {columns}, wanted at least 1 x 1.")
+        self.rows, self.columns = rows, columns
+
+    def cells(self) -> list[tuple[int, int]]:
+        """(row, column) of every cell in the order of modelling."""
+        return [(r, c) for r in range(self.rows) for c in range(self.columns)]
+
+    def positions(self, num_latents: int) -> list[int]:
+        if self.rows * self.columns != num_latents:
+            raise OrderError(
+                f"{type(self).__name__} is for a grid of {self.rows} x {self.columns}, but num_latents is"
+                f" {num_latents}; give the grid of the latents, or LearnedOrder for a line that has none."
+            )
+        return [r * self.columns + c for r, c in self.cells()]
+
+
+class ZigzagOrder(RasterOrder):
+    """Along anti-diagonals, turning at the edges, as JPEG does."""
+
+    def cells(self) -> list[tuple[int, int]]:
+        def key(cell: tuple[int, int]) -> tuple[int, int]:
+            diagonal = sum(cell)
+            return diagonal, cell[0] if diagonal % 2 else cell[1]
+
+        return sorted(super().cells(), key=key)
+
+
+class SpiralOrder(RasterOrder):
+    """From the centre outwards: peel the grid clockwise from its corner, and read that backwards."""
+
+    def cells(self) -> list[tuple[int, int]]:
+        grid = [[(r, c) for c in range(self.columns)] for r in range(self.rows)]
+        peeled: list[tuple[int, int]] = []
+        while grid:
+            peeled += grid.pop(0)
+            grid = [list(column) for column in zip(*grid, strict=True)][::-1]
+        return peeled[::-1]
+
+
+def gather_line(z: Tensor, order: Tensor) -> Tensor:
+    """z (B,K,...) with its positions in the order (B,K) of modelling."""
+    return z.gather(1, order.reshape(*order.shape, *[1] * (z.ndim - 2)).expand(-1, -1, *z.shape[2:]))
+
+
+def scatter_line(z: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `gather_line`."""
+    return gather_line(z, order.argsort(dim=1))
+
+
+def seen_words(text_mask: Tensor, n_line: int) -> Tensor:
+    """(B,1,L+n) columns: True for real words."""
+    return torch.cat([text_mask, text_mask.new_zeros(len(text_mask), n_line)], dim=1)[:, None]
+
+
+def causal_mask(text_mask: Tensor, num_latents: int) -> Tensor:
+    """(B,1,L+K,L+K): line tokens see real words, themselves and earlier line tokens."""
+    n_words = text_mask.shape[1]
+    at = torch.arange(n_words + num_latents, device=text_mask.device)
+    line = (at[:, None] >= at) & (at >= n_words)  # (n,n)
+    return (seen_words(text_mask, num_latents) | line)[:, None]
+
+
+def bidirectional_mask(text_mask: Tensor, num_latents: int) -> Tensor:
+    """(B,1,L+K,L+K): line tokens see real words and the whole line; words see words."""
+    n_words = text_mask.shape[1]
+    at = torch.arange(n_words + num_latents, device=text_mask.device)
+    line = (at[:, None] >= n_words) & (at >= n_words)
+    return (seen_words(text_mask, num_latents) | line)[:, None]
+
+
+def noise_extended_mask(text_mask: Tensor, num_latents: int, copies: int) -> Tensor:
+    """(B,1,n,n), n = L + K + S K, for [words | clean 1..K | copies, S rows of 1..K].
+
+    A clean token sees words and clean tokens up to itself. A noisy copy of latent i sees words, the clean tokens before
+    i, and itself: no other copy, and not the clean latent that it is a copy of. Nobody else sees a copy.
+    """
+    n_words, n_line = text_mask.shape[1], num_latents * (1 + copies)
+    at = torch.arange(n_words + n_line, device=text_mask.device)
+    clean = (at >= n_words) & (at < n_words + num_latents)
+    noisy = at >= n_words + num_latents
+    latent = (at - n_words) % num_latents  # which latent a line token is, or is a copy of
+    clean_sees = clean[:, None] & clean & (latent[:, None] >= latent)
+    noisy_sees = noisy[:, None] & ((clean & (latent[:, None] > latent)) | (at[:, None] == at))
+    return (seen_words(text_mask, n_line) | clean_sees | noisy_sees)[:, None]
