@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from data.datasets import ImageSet, LatentSet, ShardDataset
 from data.order import BatchOrder
-from data.schema import SPLITS, DataError, read_manifest
-from data.shards import shard_paths
+from data.schema import SPLITS, DataError, read_manifest, split_of
+from data.shards import ShardReader
 
 
 class ShardDataModule(LightningDataModule):
@@ -81,7 +81,7 @@ class ShardDataModule(LightningDataModule):
             raise DataError(f"{self.data_dir} holds {manifest['kind']}, wanted {self.kind}; check data_dir")
         return manifest
 
-    def open_split(self, split: str, paths: list[Path]) -> ShardDataset:
+    def open_split(self, split: str) -> ShardDataset:
         """Return the dataset of a split."""
         raise NotImplementedError
 
@@ -94,9 +94,24 @@ class ShardDataModule(LightningDataModule):
         if split not in SPLITS:
             raise DataError(f"split {split!r} is unknown, choose one of {', '.join(SPLITS)}")
         if split not in self._sets:
-            self.manifest()
-            self._sets[split] = self.open_split(split, shard_paths(Path(self.data_dir), split))
+            self._sets[split] = self.open_split(split)
         return self._sets[split]
+
+    def listed_shards(self, split: str) -> list[Path]:
+        """Return the shards of a split that the manifest lists.
+
+        Raises:
+            DataError: it lists none, or some are not there.
+        """
+        names = [name for name in self.manifest()["shards"] if name.startswith(f"{split}/")]
+        if not names:
+            raise DataError(f"{self.data_dir} has no {split} samples; prepare it with another --val-fraction")
+        missing = [name for name in names if not (Path(self.data_dir) / name).is_file()]
+        if missing:
+            raise DataError(
+                f"{len(missing)} shards of {self.data_dir} are gone, the first is {missing[0]}; prepare again"
+            )
+        return [Path(self.data_dir) / name for name in names]
 
     def captions(self, split: str) -> Iterator[list[str]]:
         """Yield the captions of every sample of a split, in stored order, without decoding pictures."""
@@ -176,6 +191,7 @@ class ImageDataModule(ShardDataModule):
     Args:
         image_size: side S of the batches; stored pictures of another size are centre-cropped and resized.
         flip: probability of mirroring a training picture; leave it 0 where captions say left and right.
+        val_fraction: share of the keys that are held out where the directory is not of `prepare` and has no splits.
     """
 
     kind = "images"
@@ -192,15 +208,36 @@ class ImageDataModule(ShardDataModule):
         drop_last: bool = False,
         predict_splits: Sequence[str] = SPLITS,
         flip: float = 0.0,
+        val_fraction: float = 0.05,
     ) -> None:
         super().__init__(data_dir, batch_size, val_batch_size, num_workers, seed, in_memory, drop_last, predict_splits)
         if not 0.0 <= flip <= 1.0:
             raise DataError(f"flip is {flip}, it is a probability from 0 to 1")
-        self.image_size, self.flip = image_size, flip
+        self.image_size, self.flip, self.val_fraction = image_size, flip, val_fraction
 
-    def open_split(self, split: str, paths: list[Path]) -> ShardDataset:
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest; of tars that another program wrote, one that says only that they are pictures."""
+        if self._foreign():
+            return {"kind": "images", "counts": {split: len(self.split(split)) for split in SPLITS}}
+        return super().manifest()
+
+    def open_split(self, split: str) -> ShardDataset:
         """Return the pictures of a split; only training pictures are mirrored."""
-        return ImageSet(paths, self.image_size, self.in_memory, self.flip if split == "train" else 0.0, self.seed)
+        flip = self.flip if split == "train" else 0.0
+        if not self._foreign():
+            reader = ShardReader(self.listed_shards(split))
+        elif list((Path(self.data_dir) / split).glob("*.tar")):
+            reader = ShardReader(sorted((Path(self.data_dir) / split).glob("*.tar")))
+        else:
+            paths = sorted(Path(self.data_dir).glob("*.tar"))
+            reader = ShardReader(paths, lambda key: split_of(key, self.val_fraction) == split)
+        return ImageSet(reader, self.image_size, self.in_memory, flip, self.seed)
+
+    def _foreign(self) -> bool:
+        """Whether the directory holds tars that `prepare` has not written: img2dataset's, as a rule."""
+        directory = Path(self.data_dir)
+        ours = any((directory / name).exists() for name in ("manifest.json", "plan.json"))
+        return not ours and any(any(directory.glob(pattern)) for pattern in ("*.tar", "train/*.tar"))
 
 
 class LatentDataModule(ShardDataModule):
@@ -214,6 +251,6 @@ class LatentDataModule(ShardDataModule):
         info: dict[str, Any] = self.manifest()["latents"]
         return info
 
-    def open_split(self, split: str, paths: list[Path]) -> ShardDataset:
+    def open_split(self, split: str) -> ShardDataset:
         """Return the latents of a split."""
-        return LatentSet(paths, self.in_memory)
+        return LatentSet(ShardReader(self.listed_shards(split)), self.in_memory)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
     """The samples of some shards; the two kinds below say what a sample's tensors are.
 
     Args:
-        paths: the shards, in order.
+        reader: the shards.
         in_memory: hold every sample decoded; None: where they fit into `MEMORY_LIMIT`.
     """
 
-    def __init__(self, paths: list[Path], in_memory: bool | None) -> None:
-        self.reader = ShardReader(paths)
+    def __init__(self, reader: ShardReader, in_memory: bool | None) -> None:
+        self.reader = reader
         self._held: dict[str, Any] | None = None
         if in_memory is None:
             in_memory = len(self.reader) * self.sample_bytes() <= MEMORY_LIMIT
@@ -67,25 +66,26 @@ class ShardDataset(Dataset[dict[str, Any]]):
             DataError: a sample does not decode; the sentence names it.
         """
         chosen = list(samples)
-        fields: dict[str, Any] = {"captions": [], "keys": [], "attributes": []}
-        labels = torch.full((len(chosen),), -1)
-        for i, sample in enumerate(chosen):
-            record = self.reader.read_json(sample)
-            fields["keys"].append(self.reader.key(sample))
-            fields["captions"].append(self.reader.captions(sample, record))
-            fields["attributes"].append(record.get("attributes") or {})
-            labels[i] = label_of(self.reader, sample, record)
-        fields["labels"] = labels
         if not chosen:
             raise DataError("no samples to load; the split is empty or the limit is 0")
-        stacked = {n: np.empty((len(chosen), *a.shape), a.dtype) for n, a in self.arrays_of(chosen[0]).items()}
+        made: list[dict[str, Any]] = [{} for _ in chosen]
+        for i, sample in enumerate(chosen):
+            record = self.reader.read_json(sample)
+            made[i] = {
+                "captions": captions_of(record, None if "captions" in record else self.reader.read(sample, "txt")),
+                "keys": self.reader.key(sample),
+                "attributes": record.get("attributes") or {},
+                "labels": label_of(record, self.reader.read(sample, "cls")),
+            }
+        first = self.arrays_of(chosen[0])
+        stacked = {name: np.empty((len(chosen), *array.shape), array.dtype) for name, array in first.items()}
 
         def place(i: int) -> None:
             for name, array in self.arrays_of(chosen[i]).items():
                 stacked[name][i] = array
 
         run_all(place, len(chosen), self.sample_bytes())
-        return {**fields, **{name: torch.from_numpy(array) for name, array in stacked.items()}}
+        return collate(made) | {name: torch.from_numpy(array) for name, array in stacked.items()}
 
     def captions(self) -> Iterator[list[str]]:
         """Yield the captions of every sample, in stored order, without decoding a picture."""
@@ -93,7 +93,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             yield from self._held["captions"]
             return
         for sample in range(len(self.reader)):
-            yield self.reader.captions(sample)
+            yield captions_of(self.reader.read_json(sample), self.reader.read(sample, "txt"))
 
     def first(self, limit: int | None) -> dict[str, Any]:
         """Return the first `limit` samples (None: all) as one batch."""
@@ -115,7 +115,7 @@ class ImageSet(ShardDataset):
     """Pictures as `images` (B, 3, S, S) float32 in [-1, 1].
 
     Args:
-        paths: the shards.
+        reader: the shards.
         image_size: S; stored pictures of another size are centre-cropped and resized.
         in_memory: see `ShardDataset`.
         flip: probability of mirroring a picture, drawn anew in every epoch.
@@ -123,10 +123,10 @@ class ImageSet(ShardDataset):
     """
 
     def __init__(
-        self, paths: list[Path], image_size: int, in_memory: bool | None, flip: float = 0.0, seed: int = 0
+        self, reader: ShardReader, image_size: int, in_memory: bool | None, flip: float = 0.0, seed: int = 0
     ) -> None:
         self.image_size, self.flip, self.seed = image_size, flip, seed
-        super().__init__(paths, in_memory)
+        super().__init__(reader, in_memory)
 
     def sample_bytes(self) -> int:
         return 3 * self.image_size**2
@@ -136,13 +136,9 @@ class ImageSet(ShardDataset):
         member = next((name for name in IMAGE_MEMBERS if name in names), None)
         if member is None:
             raise DataError(f"sample {self.reader.key(sample)} has {names}, wanted one of {', '.join(IMAGE_MEMBERS)}")
-        try:
-            data = self.reader.read(sample, member) or b""
-            picture = open_picture(data)
-            pixels = resize(pixels_of(data, picture, self.image_size, "center_crop"), self.image_size)
-        except (PictureError, OSError, SyntaxError, RuntimeError) as error:
-            raise DataError(f"sample {self.reader.key(sample)}: {error}; run: python -m data verify") from error
-        return {"images": pixels.numpy()}  # (3, S, S)
+        return {
+            "images": decode_image(self.reader.key(sample), self.reader.read(sample, member) or b"", self.image_size)
+        }
 
     def finish(self, batch: dict[str, Any], plan: Batch | None) -> dict[str, Any]:
         images = to_unit_range(batch["images"])  # (B, 3, S, S)
@@ -175,16 +171,44 @@ class LatentSet(ShardDataset):
             raise DataError(f"sample {self.reader.key(sample)} has no readable mean and std ({error})") from error
 
 
-def label_of(reader: ShardReader, sample: int, record: dict[str, Any]) -> int:
+def decode_image(key: str, data: bytes, image_size: int) -> np.ndarray:
+    """Return an encoded picture as (3, S, S) uint8, centre-cropped and resized where it has another size.
+
+    Raises:
+        DataError: it does not decode; the sentence names the sample.
+    """
+    try:
+        pixels = pixels_of(data, open_picture(data), image_size, "center_crop")
+    except (PictureError, OSError, SyntaxError, RuntimeError, ValueError) as error:
+        raise DataError(f"sample {key}: the picture does not decode ({error}); run: python -m data verify") from error
+    return resize(pixels, image_size).numpy()
+
+
+def captions_of(record: dict[str, Any], text: bytes | None) -> list[str]:
+    """Return all captions of a sample: those of its json, else the json's one caption, else its txt, else none."""
+    if record.get("captions"):
+        return [str(caption) for caption in record["captions"]]
+    if record.get("caption"):
+        return [str(record["caption"])]
+    return [text.decode("utf-8", "replace")] if text else []
+
+
+def label_of(record: dict[str, Any], text: bytes | None) -> int:
     """Return the class of a sample from its json or its `.cls`, -1 where it has none."""
-    label = record.get("label")
-    if label is None:
-        text = reader.read(sample, "cls")
-        label = text.decode("ascii", "replace").strip() if text else None
+    label = record.get("label", text.decode("ascii", "replace") if text else None)
     try:
         return int(label) if label is not None else -1
     except (TypeError, ValueError):
         return -1
+
+
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return samples as one batch: arrays stacked to tensors, labels as a tensor, everything else as lists."""
+    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for name, values in batch.items():
+        if isinstance(values[0], np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(values))
+    return batch | {"labels": torch.tensor(batch["labels"])}
 
 
 def run_all(work: Callable[[int], None], count: int, sample_bytes: int) -> None:

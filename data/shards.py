@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,13 +195,17 @@ class ShardReader:
     """The samples of several shards under one running number, read by offset; safe to use from many threads.
 
     Files are opened on first use in every process, so that a reader may be sent to workers.
+
+    Args:
+        paths: the shards, in order.
+        keep: of the keys, those that are wanted; None: all.
     """
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], keep: Callable[[str], bool] | None = None) -> None:
         self.paths = paths
         self.entries: list[tuple[int, Entry]] = []
         for number, path in enumerate(paths):
-            self.entries += [(number, entry) for entry in index_tar(path)]
+            self.entries += [(number, entry) for entry in index_tar(path) if keep is None or keep(entry.key)]
         self._files: dict[int, int] = {}
         self._process = os.getpid()
 
@@ -246,16 +250,6 @@ class ShardReader:
             raise DataError(f"{self.key(sample)}.json is not JSON ({error}); run: python -m data verify") from error
         return parsed if isinstance(parsed, dict) else {}
 
-    def captions(self, sample: int, record: dict[str, Any] | None = None) -> list[str]:
-        """Return all captions: those of the json, else the json's one caption, else the txt, else none."""
-        record = self.read_json(sample) if record is None else record
-        if record.get("captions"):
-            return [str(caption) for caption in record["captions"]]
-        if record.get("caption"):
-            return [str(record["caption"])]
-        text = self.read(sample, "txt")
-        return [text.decode("utf-8", "replace")] if text else []
-
     def _file(self, number: int) -> int:
         if self._process != os.getpid():  # inherited through a fork: the parent keeps its own descriptors
             self._files, self._process = {}, os.getpid()
@@ -265,15 +259,3 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
-
-
-def shard_paths(data_dir: Path, split: str) -> list[Path]:
-    """Return the shards of a split in order.
-
-    Raises:
-        DataError: there are none.
-    """
-    paths = sorted((data_dir / split).glob("*.tar"))
-    if not paths:
-        raise DataError(f"no .tar in {data_dir / split}; prepare it with: python -m data prepare --out {data_dir}")
-    return paths
