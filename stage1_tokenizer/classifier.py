@@ -175,7 +175,7 @@ PHOTO_BUDGET = Budget(steps=6000, seconds=440, learning_rate=6e-3)
 
 
 def scene_budget(image_size: int) -> Budget:
-    """800 steps at 32 pixels, about a minute of two cores; more for larger scenes, with their words and third objects."""
+    """800 steps at 32 pixels, about a minute of two cores; more for larger scenes with more in them."""
     scale = max(1, image_size // 32)
     return Budget(steps=800 * scale**2, seconds=200 * scale, target=0.997)
 

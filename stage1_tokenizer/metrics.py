@@ -116,10 +116,12 @@ def lpips_metric(trunk: str = "alex", device: torch.device | str = "cpu") -> Pai
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Share of queries with a hit among the first R candidates, and the share that guessing at random would give."""
+    """How well queries find their candidates, beside what guessing at random would give."""
 
-    recall: dict[int, float]  # R -> share in [0, 1]
+    recall: dict[int, float]  # R -> share of queries with a hit among the first R candidates, in [0, 1]
     chance: dict[int, float]
+    bits: float  # what a query tells about its caption, at least (below)
+    most_bits: float  # what there is to tell: the entropy of the captions
     num_queries: int
     num_candidates: int
 
@@ -136,6 +138,10 @@ def retrieval(
     A candidate is a hit if its words equal the query's caption: different pictures may share a caption word by word,
     and then either copy is right. Ties in similarity count against the query (a constant embedding scores like the
     worst order, not like the best). Chance is exact: 1 - C(M - h, R) / C(M, R) for a query with h hits.
+
+    `bits` is the likelihood of the captions: with p = softmax(similarity / T) over the candidates, the mean over
+    queries of log2 of p(hits) against the share of hits, a lower bound of the mutual information (van den Oord et al.
+    2018, equation 9). The one temperature T is the best of a grid; T = infinity is on it, so bits are not negative.
     """
     if len(query_captions) != len(queries) or len(candidate_captions) != len(candidates):
         raise ValueError(
@@ -151,7 +157,26 @@ def retrieval(
     ahead = ((similarity >= best_hit) & ~hits).sum(dim=1)  # (Q,) wrong candidates that come first
     ahead = torch.where(hits.any(dim=1), ahead, torch.full_like(ahead, len(candidates)))
     recall = {rank: (ahead < rank).float().mean().item() for rank in ranks}
-    return Retrieval(recall, _chance(hits.sum(dim=1), len(candidates), ranks), len(queries), len(candidates))
+    chance = _chance(hits.sum(dim=1), len(candidates), ranks)
+    return Retrieval(recall, chance, *_information(similarity, hits), len(queries), len(candidates))
+
+
+def _information(similarity: Tensor, hits: Tensor) -> tuple[float, float]:
+    """Bits that queries tell about their captions at the best temperature, and the bits there are; (Q, M) both.
+
+    Queries without a hit tell nothing that could be counted here and are left out.
+    """
+    found = hits.any(dim=1)
+    if not found.any():
+        return 0.0, 0.0
+    similarity, hits = similarity[found].double(), hits[found]
+    prior = hits.double().mean(dim=1).log2()  # (Q,)
+    best = 0.0
+    for scale in torch.logspace(-1, 2.5, 36).tolist():  # 1 / T
+        log_p = (scale * similarity).log_softmax(dim=1)
+        told = log_p.masked_fill(~hits, -math.inf).logsumexp(dim=1) / math.log(2) - prior
+        best = max(best, told.mean().item())
+    return best, -prior.mean().item()
 
 
 def _chance(hits_per_query: Tensor, num_candidates: int, ranks: Sequence[int]) -> dict[int, float]:

@@ -362,6 +362,8 @@ def _text_metrics(
             "distinct": len({texts[index] for texts in captions}),
             "chance": first.chance,
             "recall": {k: found.recall for k, found in by_k.items()},
+            "bits": {k: found.bits for k, found in by_k.items()},
+            "most_bits": first.most_bits,
         }
     metrics: dict[str, Any] = {"retrieval": result}
     if int(train["labels"].min()) >= 0:

@@ -183,6 +183,12 @@ def _curves(report: Report, metrics: Mapping[str, Any], lengths: Sequence[int]) 
             "share of pictures",
             {kind: line({k: metrics["retrieval"][kind]["recall"][k][1] for k in lengths}) for kind in kinds},
         )
+        report.curve(
+            "What a prefix tells about the caption",
+            "latents",
+            "bits, at least",
+            {kind: line(metrics["retrieval"][kind]["bits"]) for kind in kinds},
+        )
     if "linear_probe" in metrics:
         report.curve(
             "Linear probe",
@@ -257,13 +263,16 @@ def _retrieval_table(report: Report, found: Mapping[str, Any], lengths: Sequence
             shares = [f"{found[kind]['recall'][k][rank]:.3f}" for k in lengths]
             distinct, chance = f"{found[kind]['distinct']:,}", f"{found[kind]['chance'][rank]:.4f}"
             rows.append([f"{kind}, R@{rank}", distinct, chance, *shares])
+        told = [f"{found[kind]['bits'][k]:.1f}" for k in lengths]
+        rows.append([f"{kind}, bits of {found[kind]['most_bits']:.1f}", distinct, "0", *told])
     columns = ["caption", "distinct", "chance", *(f"k = {k}" for k in lengths)]
     report.table(
         "Captions found from a prefix",
         columns,
         rows,
         f"Picture to caption among the captions of {found['n']:,} held-out pictures; a word-for-word copy of "
-        "the picture's caption counts as a hit, ties do not.",
+        "the picture's caption counts as a hit, ties do not. Bits: what the prefix tells, at least, about which of these "
+        "captions it is, from the likelihood of the right one.",
     )
 
 

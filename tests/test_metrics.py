@@ -79,6 +79,20 @@ def test_retrieval_ranks() -> None:
     assert result.recall[1] == pytest.approx(1 / 3) and result.recall[2] == 1.0
 
 
+def test_caption_bits_of_perfect_useless_and_grouped_embeddings() -> None:
+    captions = [str(i) for i in range(64)]
+    perfect = retrieval(torch.eye(64), torch.eye(64), captions, captions)
+    assert perfect.bits == pytest.approx(6, abs=0.01) and perfect.most_bits == pytest.approx(6)
+    constant = torch.ones(64, 2) / 2**0.5
+    assert retrieval(constant, constant, captions, captions).bits == pytest.approx(0, abs=1e-6)
+    assert retrieval(torch.eye(64), torch.eye(64).roll(1, 0), captions, captions).bits == 0, "wrong is not negative"
+    groups = torch.eye(8).repeat_interleave(8, dim=0)  # the group of eight is known, the one in it is not: 3 bits
+    assert retrieval(groups, groups, captions, captions).bits == pytest.approx(3, abs=0.01)
+    shared = [str(i // 8) for i in range(64)]
+    told = retrieval(groups, groups, shared, shared)
+    assert told.bits == pytest.approx(3, abs=0.01) and told.most_bits == pytest.approx(3)
+
+
 def test_retrieval_chance_is_what_random_embeddings_reach() -> None:
     generator = torch.Generator().manual_seed(0)
     captions = [str(i % 40) for i in range(400)]
