@@ -271,8 +271,8 @@ def _retrieval_table(report: Report, found: Mapping[str, Any], lengths: Sequence
         columns,
         rows,
         f"Picture to caption among the captions of {found['n']:,} held-out pictures; a word-for-word copy of "
-        "the picture's caption counts as a hit, ties do not. Bits: what the prefix tells, at least, about which of these "
-        "captions it is, from the likelihood of the right one.",
+        "the picture's caption counts as a hit, ties do not. Bits: what the prefix tells about which caption it is, "
+        "at least, from the likelihood of the right one.",
     )
 
 
