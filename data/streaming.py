@@ -12,6 +12,7 @@ WebDataset's own decoders are not used: they unpickle what a tar brings along. N
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ import webdataset
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.datamodule import ImageDataModule
 from data.datasets import captions_of, collate, decode_image, label_of
@@ -71,8 +73,8 @@ class Stream(IterableDataset[dict[str, Any]]):
         pipeline = webdataset.DataPipeline(
             webdataset.ResampledShards(self.urls, seed=seed, worker_seed=lambda: 0, deterministic=True),
             self._open,
-            webdataset.tariterators.tar_file_expander(handler=self._note, select_files=_is_read),
-            webdataset.tariterators.group_by_keys(handler=self._note),
+            functools.partial(tar_file_expander, handler=self._note, select_files=_is_read),
+            functools.partial(group_by_keys, handler=self._note),
             webdataset.filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(seed)),
             self._decode,
         )

@@ -1,0 +1,348 @@
+"""What goes into shards comes out of the datamodules, and other programs read them too."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import pickle
+import sys
+import types
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from data_samples import encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
+from PIL import Image
+
+from data.datamodule import ImageDataModule, LatentDataModule
+from data.latents import LatentShardWriter, write_latent_manifest
+from data.scenes import Scenes
+from data.schema import DataError
+from data.shards import ShardReader, ShardWriter, index_tar, member_places
+from data.sources import SourceConfig
+from data.streaming import StreamDataModule
+from data.transforms import to_pixels, to_unit_range
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scenes")
+    prepared(SourceConfig("scenes", num=80, size=16, seed=4), out, shard_size=15)
+    return out
+
+
+def module(path: Path, **options: Any) -> ImageDataModule:
+    return ImageDataModule(str(path), **{"batch_size": 8, "image_size": 16, **options})
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_scenes_come_out_as_they_were_drawn(scenes: Path, in_memory: bool) -> None:
+    attributes, pixels = Scenes(80, seed=4, size=16).draw(np.arange(80))
+    seen = 0
+    for split in ("train", "val"):
+        batch = module(scenes, in_memory=in_memory).arrays(split)
+        for i, key in enumerate(batch["keys"]):
+            assert np.array_equal(to_pixels(batch["images"][i]).permute(1, 2, 0).numpy(), pixels[int(key)])
+            assert batch["attributes"][i] == attributes[int(key)]
+            assert len(batch["captions"][i]) == 3 and batch["labels"][i] == -1
+            seen += 1
+    assert seen == 80
+
+
+def test_batches_keep_the_contract(scenes: Path) -> None:
+    data = module(scenes)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["images"].shape == (8, 3, 16, 16) and batch["images"].dtype == torch.float32
+    assert -1 <= batch["images"].min() < batch["images"].max() <= 1
+    assert batch["labels"].dtype == torch.int64 and batch["labels"].shape == (8,)
+    assert [len(batch[name]) for name in ("captions", "keys", "attributes")] == [8, 8, 8]
+    assert [c for b in data.val_dataloader() for c in b["captions"]] == list(data.captions("val"))
+    assert len(data.arrays("train", limit=5)["keys"]) == 5
+    counts = data.manifest()["counts"]
+    assert [sum(len(b["keys"]) for b in loader) for loader in data.predict_dataloader()] == list(counts.values())
+
+
+def test_range_changes_and_back_lose_nothing() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_pixels(to_unit_range(pixels)), pixels)
+    assert to_unit_range(pixels)[[0, -1]].tolist() == [-1.0, 1.0]
+
+
+def test_pictures_of_another_size_are_fitted(tmp_path: Path) -> None:
+    folder = flickr_folder(tmp_path / "flickr", count=6)
+    prepared(SourceConfig("folder", (str(folder),)), tmp_path / "out", resize="no", val_fraction=0.0)
+    batch = module(tmp_path / "out", image_size=24).arrays("train")
+    assert batch["images"].shape == (6, 3, 24, 24)
+    wanted = photo(2).resize((24, 24), Image.Resampling.BICUBIC, box=(10, 0, 50, 40))
+    row = batch["keys"].index("002_ab")
+    assert np.abs(to_pixels(batch["images"][row]).permute(1, 2, 0).numpy() - np.asarray(wanted, np.int16)).mean() < 6
+
+
+def test_flips_mirror_about_their_share_anew_in_every_epoch(scenes: Path) -> None:
+    plain, flipped = module(scenes), module(scenes, flip=0.5)
+    reference = {k: x for b in plain.train_dataloader() for k, x in zip(b["keys"], b["images"], strict=True)}
+    order = flipped.train_dataloader()
+    mirrored = []
+    for epoch in (0, 1):
+        order.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        found = set()
+        for batch in order:
+            for key, image in zip(batch["keys"], batch["images"], strict=True):
+                assert torch.equal(image, reference[key]) or torch.equal(image, reference[key].flip(-1))
+                if not torch.equal(image, reference[key]):
+                    found.add(key)
+        mirrored.append(found)
+    assert mirrored[0] != mirrored[1] and all(10 < len(found) < 50 for found in mirrored)
+    assert torch.equal(flipped.arrays("val")["images"], plain.arrays("val")["images"])
+
+
+def test_a_reader_goes_through_pickle_and_reads_on(scenes: Path) -> None:
+    reader = ShardReader(sorted((scenes / "train").glob("*.tar")))
+    first = reader.read(3, "json")
+    copy = pickle.loads(pickle.dumps(reader))
+    assert copy.read(3, "json") == first and copy.read(3, "nothing") is None
+
+
+def test_the_index_of_a_tar_equals_that_of_tarfile(tmp_path: Path) -> None:
+    """Also with names of over a hundred letters, folders, and what GNU and POSIX tars put between the members."""
+    import tarfile
+
+    members = [(f"{'deep/' * n}{'x' * 40}{n}.jpg", bytes(n)) for n in range(30)]
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / f"{kind}.tar"
+        with tarfile.open(path, "w", format=kind) as tar:
+            folder = tarfile.TarInfo("deep")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+        with tarfile.open(path) as tar:
+            wanted = [(info.name, info.offset_data, info.size) for info in tar if info.isfile()]
+        assert [(name, place.offset, place.size) for name, place in member_places(path)] == wanted
+
+
+@pytest.mark.parametrize("cut", [100, 700, 1100, -1024, -9000])
+def test_a_truncated_tar_gets_a_sentence(tmp_path: Path, cut: int) -> None:
+    path = tar_of(tmp_path / "a.tar", [(f"{i}.jpg", encoded(photo(i))) for i in range(3)])
+    content = path.read_bytes().rstrip(b"\0") + b"\0" * 1024
+    path.write_bytes(content[:cut])
+    with pytest.raises(DataError, match=r"truncated|not a readable tar"):
+        index_tar(path)
+
+
+def test_keys_that_come_back_are_refused(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3")])
+    with pytest.raises(DataError, match="in two places"):
+        index_tar(path)
+    path = tar_of(tmp_path / "b.tar", [("a.jpg", b"1"), ("a.jpg", b"2")])
+    with pytest.raises(DataError, match="twice"):
+        index_tar(path)
+    writer = ShardWriter(tmp_path / "c.tar")
+    writer.write("a", {"txt": b""})
+    with pytest.raises(AssertionError, match="key a comes twice"):
+        writer.write("a", {"txt": b""})
+    writer.__exit__(AssertionError, None, None)
+    assert not list(tmp_path.glob("c.tar*"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
+        (lambda p: (p / "manifest.json").write_text('{"sch'), "not valid JSON"),
+        (lambda p: (p / "manifest.json").write_text('{"schema": 99}'), "schema 99"),
+        (lambda p: (p / "train" / "00000.tar").unlink(), "are gone"),
+    ],
+)
+def test_a_directory_that_is_not_whole_gets_a_sentence(tmp_path: Path, spoil: Any, sentence: str) -> None:
+    prepared(SourceConfig("scenes", num=20, size=16), tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=sentence):
+        module(tmp_path).split("train")
+
+
+def test_a_picture_that_does_not_decode_is_named(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", [("good.jpg", encoded(photo(0))), ("bad.jpg", encoded(photo(1))[:900])])
+    with pytest.raises(DataError, match="sample bad: "):
+        module(tmp_path, val_fraction=0.0).arrays("train")
+
+
+def test_missing_and_wrong_directories_get_a_sentence(scenes: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data directory"):
+        module(tmp_path / "nowhere").setup()
+    with pytest.raises(DataError, match="holds images, wanted latents"):
+        LatentDataModule(str(scenes)).setup()
+    with pytest.raises(DataError, match="split 'test' is unknown"):
+        module(scenes).arrays("test")
+    with pytest.raises(DataError, match="flip is 2"):
+        module(scenes, flip=2.0)
+
+
+# ---- latents
+
+
+def test_latents_come_back_with_their_texts(scenes: Path, tmp_path: Path) -> None:
+    data = module(scenes)
+    K, C = 4, 3
+    for split, loader in zip(("train", "val"), data.predict_dataloader(), strict=True):
+        for rank in range(2):  # two ranks, each with every second batch
+            with LatentShardWriter(tmp_path, split, shard_size=9, rank=rank, world=2) as writer:
+                for i, batch in enumerate(loader):
+                    if i % 2 == rank:
+                        mean = batch["images"].flatten(1)[:, : K * C].reshape(-1, K, C)
+                        writer.write_batch(batch, mean, mean.abs())
+    write_latent_manifest(tmp_path, K, C, "abc")
+    latents = LatentDataModule(str(tmp_path), batch_size=8)
+    assert latents.latent_info["num_latents"] == K and latents.latent_info["tokenizer_fingerprint"] == "abc"
+    for split in ("train", "val"):
+        wanted, got = data.arrays(split), latents.arrays(split)
+        rows = [got["keys"].index(key) for key in wanted["keys"]]
+        assert len(rows) == len(got["keys"])
+        mean = wanted["images"].flatten(1)[:, : K * C].reshape(-1, K, C)
+        assert torch.equal(got["latents"][rows], mean) and torch.equal(got["latents_std"][rows], mean.abs())
+        assert [got["captions"][r] for r in rows] == wanted["captions"]
+        assert [got["attributes"][r] for r in rows] == wanted["attributes"]
+    on_demand = LatentDataModule(str(tmp_path), batch_size=8, in_memory=False)
+    for a, b in zip(latents.train_dataloader(), on_demand.train_dataloader(), strict=True):
+        assert a["keys"] == b["keys"] and torch.equal(a["latents"], b["latents"])
+
+
+def test_latents_written_again_leave_no_old_shards(tmp_path: Path) -> None:
+    for count in (10, 3):
+        with LatentShardWriter(tmp_path, "train", shard_size=2) as writer:
+            for i in range(count):
+                writer.write(f"{i}", torch.zeros(2, 2), torch.ones(2, 2), ["x"], {})
+        write_latent_manifest(tmp_path, 2, 2, "abc")
+    assert LatentDataModule(str(tmp_path)).arrays("train")["keys"] == ["0", "1", "2"]
+
+
+# ---- other programs
+
+
+def test_plain_webdataset_reads_our_shards(scenes: Path) -> None:
+    urls = sorted(map(str, (scenes / "train").glob("*.tar")))
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("rgb8").to_tuple("png", "txt", "json")
+    )
+    records = {key: r for key, r in records_in(scenes).items() if r["split"] == "train"}
+    seen = 0
+    for picture, text, record in dataset:
+        assert picture.shape == (16, 16, 3) and text == record["caption"] == records[record["key"]]["caption"]
+        seen += 1
+    assert seen == len(records)
+
+
+def test_the_training_loader_of_open_clip_reads_our_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared(SourceConfig("scenes", num=64, size=16), tmp_path, shard_size=16, val_fraction=0.0)
+    if "pandas" not in sys.modules:
+        try:
+            import pandas  # noqa: F401
+        except ImportError:  # its csv loader wants it, ours is the other one
+            monkeypatch.setitem(sys.modules, "pandas", types.ModuleType("pandas"))
+    import open_clip_train.data as open_clip_data
+
+    # It is written for webdataset 0.2.86, where shards ended without the marker that 1.0 yields and it trips over.
+    without_marker = functools.partial(open_clip_data.tar_file_expander, eof_value=None)
+    monkeypatch.setattr(open_clip_data, "tar_file_expander", without_marker)
+
+    arguments = Namespace(
+        train_data=str(tmp_path / "train" / "{00000..00003}.tar"),
+        train_num_samples=None,  # it must find sizes.json
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        seed=0,
+        batch_size=8,
+        workers=0,
+        world_size=1,
+    )
+    found = open_clip_data.get_wds_dataset(
+        arguments,
+        lambda image: torch.from_numpy(np.array(image)),
+        True,
+        tokenizer=lambda text: [torch.tensor([len(text)])],
+    )
+    assert found.dataloader.num_samples == 64 and found.dataloader.num_batches == 8
+    images, texts = next(iter(found.dataloader))
+    assert images.shape == (8, 16, 16, 3) and texts.shape == (8, 1)
+
+
+def foreign(root: Path) -> Path:
+    """Tars as img2dataset leaves them: no manifest, captions in txt and json, jpg pictures, members to ignore."""
+    for shard in range(2):
+        members = []
+        for i in range(20):
+            key = f"{shard:05d}{i:04d}"
+            members += [(f"{key}.jpg", encoded(photo(i))), (f"{key}.txt", f"text {key}".encode())]
+            members += [
+                (f"{key}.json", json.dumps({"caption": f"text {key}", "url": "x"}).encode()),
+                (f"{key}.pkl", b"x"),
+            ]
+        tar_of(root / f"{shard:05d}.tar", members)
+    return root
+
+
+def test_tars_of_img2dataset_are_read_in_place(tmp_path: Path) -> None:
+    data = module(foreign(tmp_path), val_fraction=0.2)
+    data.setup()
+    train, val = data.arrays("train"), data.arrays("val")
+    assert len(train["keys"]) + len(val["keys"]) == 40 and not set(train["keys"]) & set(val["keys"])
+    assert all(captions == [f"text {key}"] for key, captions in zip(train["keys"], train["captions"], strict=True))
+    assert train["images"].shape[1:] == (3, 16, 16)
+
+
+# ---- streaming
+
+
+def stream(path: Path, **options: Any) -> StreamDataModule:
+    options = {"batch_size": 5, "image_size": 16, "steps_per_epoch": 8, "shuffle_buffer": 20, **options}
+    return StreamDataModule([str(path / "*.tar")], **options)
+
+
+def keys_of(loader: Any) -> list[str]:
+    return [key for batch in loader for key in batch["keys"]]
+
+
+def test_a_stream_repeats_with_its_seed_and_differs_by_epoch(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    loader = stream(tmp_path).train_dataloader()
+    first, second = keys_of(loader), keys_of(loader)
+    assert len(first) == len(second) == 40 and first != second
+    assert first == keys_of(stream(tmp_path).train_dataloader()) != keys_of(stream(tmp_path, seed=1).train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_stream_has_its_steps_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
+    loader = stream(foreign(tmp_path), num_workers=workers).train_dataloader()
+    batches = list(loader)
+    assert len(batches) == 8 == len(loader)
+    for batch in batches:
+        assert batch["images"].shape == (5, 3, 16, 16) and -1 <= batch["images"].min() < batch["images"].max() <= 1
+        assert batch["captions"] == [[f"text {key}"] for key in batch["keys"]]
+
+
+def test_a_stream_counts_what_it_cannot_read_and_ends_above_its_limit(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    broken = [("x1.txt", b"no picture"), ("x2.jpg", b"not a picture"), ("x3.jpg", encoded(photo(1))[:500])]
+    tar_of(tmp_path / "00002.tar", broken)
+    (tmp_path / "00003.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:3000])
+    loader = stream(tmp_path, steps_per_epoch=30).train_dataloader()
+    assert len(keys_of(loader)) == 150 and loader.dataset.errors > 4  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="more than 3 unreadable"):
+        keys_of(stream(tmp_path, steps_per_epoch=30, most_errors=3).train_dataloader())
+    with pytest.raises(DataError, match="would run a command"):
+        StreamDataModule(["pipe:cat x.tar"])
+    with pytest.raises(DataError, match="no tar at"):
+        StreamDataModule([str(tmp_path / "nothing-*.tar")])
+
+
+def test_a_stream_validates_on_an_indexed_directory(scenes: Path, tmp_path: Path) -> None:
+    data = stream(foreign(tmp_path), val_dir=str(scenes))
+    wanted = [key for split, key, _ in samples_in(scenes) if split == "val"]
+    assert keys_of(data.val_dataloader()) == wanted
