@@ -76,6 +76,13 @@ def test_precision_and_recall_tell_missing_modes_from_wrong_ones() -> None:
     assert precision == 0 and recall == 0
 
 
+def test_balls_reach_the_nearest_neighbour() -> None:
+    real = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # all radii are 1
+    fake = torch.tensor([[-0.9], [-1.1], [3.5], [10.0]])  # radii 0.2, 0.2, 4.4, 6.5
+    assert precision_recall(real, fake, neighbours=1) == (0.5, 1.0)
+    assert precision_recall(real, fake, neighbours=2) == (0.75, 1.0)
+
+
 def test_missing_inception_weights_are_skipped_by_name(tmp_path: Path) -> None:
     for weights in (None, tmp_path / "missing.pth"):
         result = inception_features(weights)
