@@ -32,6 +32,7 @@ from tqdm import tqdm
 from stage1_tokenizer.attributes import Slots
 from stage1_tokenizer.precision import matmul_dtype
 
+TRAINING_BYTES = 2**31  # of pictures in memory while a classifier is trained
 HELD_BACK = 2000  # training pictures set aside for the stopping decision
 
 
@@ -254,7 +255,6 @@ def report_classifier(
     run_dir: str | Path,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    limit: int = 60_000,
     budget: Budget | None = None,
 ) -> Classifier | None:
     """The classifier of a run: from `run_dir`/classifier if it was trained on this data, else trained and kept there.
@@ -270,10 +270,10 @@ def report_classifier(
     probe = datamodule.arrays("train", limit=64)
     classifier: Classifier
     if all(probe["attributes"]):
-        data = datamodule.arrays("train", limit=limit)
+        data = datamodule.arrays("train", limit=_training_limit(probe["images"]))
         classifier = AttributeClassifier(Slots.of_scenes(data["attributes"]), data["images"].shape[-1])
     elif int(probe["labels"].min()) >= 0:
-        data = datamodule.arrays("train", limit=limit)
+        data = datamodule.arrays("train", limit=_training_limit(probe["images"]))
         names = [str(i) for i in range(int(data["labels"].max()) + 1)]
         classifier = LabelClassifier(Slots({"class": names}))
     else:
@@ -283,6 +283,11 @@ def report_classifier(
     accuracy = fit_classifier(classifier, data, budget, seed, device)
     save_classifier(classifier, folder, fingerprint, data["images"].shape[-1], accuracy)
     return classifier
+
+
+def _training_limit(images: Tensor) -> int:
+    """Pictures like `images` (n, 3, H, W) to train on: 60,000, fewer where they are large."""
+    return min(60_000, TRAINING_BYTES // (images[0].numel() * images.element_size()))
 
 
 def save_classifier(classifier: Classifier, folder: Path, fingerprint: str, image_size: int, accuracy: float) -> None:
