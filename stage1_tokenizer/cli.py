@@ -10,6 +10,8 @@ What differs from Lightning's own, each for a reason:
 * validate, test and predict load the exported folder, never a checkpoint: what is measured is what is handed on.
 * `precision: auto` picks bfloat16 where the hardware multiplies it, and says so; float16 on a CPU is refused.
 * `compile: true` compiles in place, so that the names of weights stay as they are.
+* `model` may name a subclass (class_path, init_args) and otherwise is the stage's lit module; a variant that trains
+  differently is an overlay that changes the class and keeps the arguments. Its options: --model.help.
 * A wrong key or value is answered with two lines, not with a page of usage.
 
 A lit module for this command line has: `networks` (nn.Module, what EMA averages), `export(folder)` (write the export
@@ -22,7 +24,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -49,10 +51,11 @@ class UsageError(ValueError):
 class ShortErrorParser(LightningArgumentParser):
     """A parser whose errors are two lines: what is wrong, and where the options are listed."""
 
+    command: ClassVar[str] = ""  # as typed; the parsers of nested classes do not know it
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
         sentence = " ".join(message.split())
-        sys.stderr.write(f"error: {sentence}\nAll options: {parser.prog.replace(' [options]', '')} --help\n")
+        sys.stderr.write(f"error: {sentence}\nAll options: {self.command} --help\n")
         raise SystemExit(2)
 
 
@@ -68,6 +71,8 @@ class UnspoolCLI(LightningCLI):
         args: list[str] | None = None,
     ) -> None:
         self.stage = stage
+        word = next(iter(sys.argv[1:] if args is None else args), "")
+        ShortErrorParser.command = f"{prog} {word}" if word in self.subcommands() else prog
         super().__init__(
             model_class,
             datamodule_class,
@@ -76,6 +81,7 @@ class UnspoolCLI(LightningCLI):
             seed_everything_default=0,
             parser_kwargs={"prog": prog},
             parser_class=ShortErrorParser,
+            subclass_mode_model=True,
             args=args,
             auto_configure_optimizers=False,
         )
@@ -89,6 +95,11 @@ class UnspoolCLI(LightningCLI):
             "test": skip,
             "predict": skip | {"return_predictions"},
         }
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        default = self._model_class
+        parser.set_defaults({"model": {"class_path": f"{default.__module__}.{default.__qualname__}"}})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, required=True, help="Folder of this run, such as runs/demo.")

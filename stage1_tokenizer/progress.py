@@ -56,7 +56,7 @@ class StatusLine(ProgressBar):
             return
         self._last_print = now
         seconds = now - self._start
-        parts = [f"{self._name} {count}", f"{done:4.0%}", f"{self._steps / seconds:.1f} steps/s"]
+        parts = [f"{self._name} {count}", f"{done:4.0%}", f"{self._steps / seconds:.3g} steps/s"]
         if self._samples:
             parts.append(f"{self._samples / seconds:.0f} samples/s")
         if metrics:

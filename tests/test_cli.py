@@ -188,7 +188,7 @@ def test_overrides_hold_on_resume(tmp_path: Path) -> None:
     run(tmp_path, "--trainer.max_steps=2", "--model.lr=0.01")
     resumed = run(tmp_path, "--trainer.max_steps=3", "--resume=auto", "--model.lr=0.5")
     assert resumed.model.lr == 0.5
-    assert yaml.safe_load((tmp_path / "stage1" / "config.yaml").read_text())["model"]["lr"] == 0.5
+    assert yaml.safe_load((tmp_path / "stage1" / "config.yaml").read_text())["model"]["init_args"]["lr"] == 0.5
 
 
 def test_resume_auto_fails_where_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,7 +311,32 @@ def test_wrong_options_get_a_short_error(
         run(tmp_path, *words)
     error = capsys.readouterr().err
     assert stopped.value.code in (1, 2) and expected in error
+    assert "All options" not in error or "python -m stage1_tokenizer fit --help" in error
     assert error.count("\n") <= 2 and "usage:" not in error
+
+
+class OtherLit(TinyLit):
+    """A variant that trains differently: chosen by its class path in an overlay."""
+
+    def __init__(self, width: int = 8, lr: float = 1e-2, layer: dict[str, Any] | None = None, extra: int = 1) -> None:
+        super().__init__(width, lr, layer)
+        self.extra = extra
+
+
+def test_an_overlay_changes_the_class_and_keeps_the_arguments(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base.yaml", tmp_path / "overlay.yaml"
+    base.write_text(yaml.safe_dump({"model": {"width": 6, "lr": 0.1}}))
+    overlay.write_text(yaml.safe_dump({"model": {"class_path": f"{__name__}.OtherLit", "init_args": {"extra": 7}}}))
+    words = [f"--config={base}", "--trainer.max_steps=1"]
+    plain = run(tmp_path / "plain", *words)
+    other = run(tmp_path / "other", *words, f"--config={overlay}", "--model.lr=0.3")
+    assert type(plain.model) is TinyLit and (plain.model.hparams["width"], plain.model.lr) == (6, 0.1)
+    assert isinstance(other.model, OtherLit)
+    assert (other.model.extra, other.model.lr, other.model.net[0].out_features) == (7, 0.3, 6)
+    again = run(
+        tmp_path / "again", f"--config={tmp_path / 'other' / 'stage1' / 'config.yaml'}", "--trainer.max_steps=1"
+    )
+    assert isinstance(again.model, OtherLit) and again.model.extra == 7  # a saved config is a config
 
 
 def test_unknown_keys_of_a_config_file_and_overlays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
