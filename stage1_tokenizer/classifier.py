@@ -268,18 +268,20 @@ def report_classifier(
     if kept is not None:
         return kept.to(device)
     probe = datamodule.arrays("train", limit=64)
-    classifier: Classifier
-    if all(probe["attributes"]):
-        data = datamodule.arrays("train", limit=_training_limit(probe["images"]))
-        classifier = AttributeClassifier(Slots.of_scenes(data["attributes"]), data["images"].shape[-1])
-    elif int(probe["labels"].min()) >= 0:
-        data = datamodule.arrays("train", limit=_training_limit(probe["images"]))
-        names = [str(i) for i in range(int(data["labels"].max()) + 1)]
-        classifier = LabelClassifier(Slots({"class": names}))
-    else:
+    has_attributes = all(probe["attributes"])
+    if not has_attributes and int(probe["labels"].min()) < 0:
         return None
+    data = datamodule.arrays("train", limit=_training_limit(probe["images"]))
+    classifier: Classifier
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        if has_attributes:
+            classifier = AttributeClassifier(Slots.of_scenes(data["attributes"]), data["images"].shape[-1])
+        else:
+            names = [str(i) for i in range(int(data["labels"].max()) + 1)]
+            classifier = LabelClassifier(Slots({"class": names}))
     if budget is None:
-        budget = scene_budget(data["images"].shape[-1]) if isinstance(classifier, AttributeClassifier) else PHOTO_BUDGET
+        budget = scene_budget(data["images"].shape[-1]) if has_attributes else PHOTO_BUDGET
     accuracy = fit_classifier(classifier, data, budget, seed, device)
     save_classifier(classifier, folder, fingerprint, data["images"].shape[-1], accuracy)
     return classifier

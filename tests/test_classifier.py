@@ -131,6 +131,27 @@ def test_pictures_without_classes_have_no_classifier(tmp_path: Path) -> None:
     assert report_classifier(Captioned(), tmp_path) is None
 
 
+def test_training_is_a_function_of_its_seed_alone(tmp_path: Path) -> None:
+    class Data:
+        def __init__(self, folder: Path) -> None:
+            self.data_dir = str(folder)
+            folder.mkdir()
+            (folder / "manifest.json").write_text("{}")
+
+        def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
+            return scenes(30, size=16)
+
+    made = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(ord(name))
+        before = torch.random.get_rng_state()
+        classifier = report_classifier(Data(tmp_path / name), tmp_path / name, seed, budget=Budget(3, 60, batch_size=8))
+        assert classifier is not None and torch.equal(before, torch.random.get_rng_state())
+        made.append(classifier.heads.weight)
+    torch.testing.assert_close(made[0], made[1])
+    assert not torch.allclose(made[0], made[2])
+
+
 def test_linear_probe_separates_what_is_linear_and_not_what_is_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 8, generator=generator)
