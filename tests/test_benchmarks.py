@@ -1,8 +1,13 @@
 """The benchmark's own measure: FLOPs against counts by hand, medians, and a table with every row."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Row, count_flops, matmul_peak, measure, table
 
 
@@ -30,3 +35,20 @@ def test_peak_is_positive_and_the_table_has_every_row() -> None:
     rows = [Row("encode", 1, 1.0, 1000.0, 2e6, 2e9, 0.5), Row("decode", 1, 1.0, 1000.0, 2e6, 2e9, 0.25)]
     text = table(rows)
     assert "encode" in text and "decode" in text and "25.0%" in text and len(text.splitlines()) == 3
+
+
+@pytest.mark.slow
+def test_the_demo_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--seconds", "0", "--out", str(tmp_path / "bench.json")])
+    content = json.loads((tmp_path / "bench.json").read_text())
+    flops = {row["name"]: row["flops_per_image"] for row in content["rows"]}
+    assert len(flops) == 5 and content["setting"]["matmul_peak_flops"] > 0
+    assert flops["tokenizer step, with text"] > 3 * (flops["encode"] + flops["decode"])
+    assert flops["sample and decode, guided"] > flops["decode"]
+    assert "of peak" in capsys.readouterr().out
+
+
+def test_a_config_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--name", "none"])
+    assert "there is no config" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def model_rows(stage1: Path, stage2: Path, device: torch.device, seconds: float)
 
     def tokenizer_step() -> None:
         with autocast():
-            loss = tokenizer.total(tokenizer.losses(train_images, ids, 0))  # step 0 is one with the text loss
+            loss = tokenizer.total(tokenizer.losses(train_images, ids, 0)[0])  # step 0 is one with the text loss
         loss.backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
