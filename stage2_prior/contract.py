@@ -70,6 +70,10 @@ class Prior(Spec, nn.Module):
         """z (B,K,C) standardised, text of B captions -> (B,K) loss of each latent."""
         raise NotImplementedError
 
+    def objective(self, z: Tensor, text: Text, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Parts of the training loss by name; their sum is minimised."""
+        return {"latents": self.losses(z, text, generator).mean()}
+
     def sample(
         self,
         captions: list[str],

@@ -1,8 +1,8 @@
 """Diffusion on the cosine schedule (Nichol & Dhariwal 2021, eq. 17), as pure functions, and its two samplers.
 
 x_t = alpha_t x + sigma_t noise, alpha_t^2 = cos^2((t + s)/(1 + s) pi/2) / cos^2(s/(1 + s) pi/2), s = 0.008, and
-sigma_t^2 = 1 - alpha_t^2; t = 0 data, t = 1 noise, continuous. At t = 1 alpha would be 0 and nothing could be said about
-the data from the noise in x_t; it is held at the value that 1,000 discrete steps end on.
+sigma_t^2 = 1 - alpha_t^2; t = 0 data, t = 1 noise, continuous. At t = 1 alpha would be 0 and x_t would say nothing of
+the data; it is held at the value that 1,000 discrete steps end on.
 
 A *denoiser* is `x = denoise(x_t, t)`, the expected data; the samplers walk a grid of times down from 1 to 0 with it.
 Three targets describe one network answer: noise, data, or v = alpha noise - sigma x (Salimans & Ho 2022). The first

@@ -122,8 +122,11 @@ class LitPrior(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         mean, std = batch["latents"], batch["latents_std"]
         z = mean + std * torch.randn_like(mean)  # (B,K,C)
-        loss = self.prior.losses(z, self.text(batch, self.long_captions)).mean()
+        parts = self.prior.objective(z, self.text(batch, self.long_captions))
+        loss = torch.stack(list(parts.values())).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
+        if len(parts) > 1:
+            self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()})
         return {"loss": loss}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -16,6 +16,7 @@ from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.classifier import AttributeClassifier, Budget, fit_classifier
 from stage1_tokenizer.cli import run_cli
 from stage2_prior import Prior, generation
+from stage2_prior import sweep as sweep_module
 from stage2_prior.lit_prior import LitPrior
 from stage2_prior.prior_data import PriorDataModule, read_captions
 from tests.tiny import SIZE, C, K, tiny_tokenizer
@@ -121,6 +122,17 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
     assert metrics["nll"]["lines"] == 4 and len(metrics["nll"]["by_position"]) == K
     page = (run_dir / "generation" / "report.html").read_text()
     assert "One caption, eight seeds" in page and "unseen combination" in page
+
+
+def test_sweep_fills_every_cell(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "report_classifier", lambda images, run: None)
+    options = ["--guidances", "1", "2", "--steps", "2", "4", "--num_captions", "16"]
+    assert sweep_module.main(["--run_dir", str(run_dir), *options]) == 0
+    metrics = json.loads((run_dir / "sweep" / "metrics.json").read_text())
+    assert [(c["steps"], c["guidance"]) for c in metrics["cells"]] == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    assert all(c["frechet"] > 0 for c in metrics["cells"]) and metrics["features"].startswith("random-conv")
+    with pytest.raises(SystemExit):
+        sweep_module.main(["--run_dir", str(run_dir), "--steps", "3"])  # midpoint asks twice per interval
 
 
 def generation_slots(data: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from stage2_prior.lit_prior import LitPrior
 from stage2_prior.prior_data import PriorDataModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-CASES = [(c, None) for c in sorted((CONFIGS / "stage2").glob("*.yaml"))]
+CASES: list[tuple[Path, Path | None]] = [(c, None) for c in sorted((CONFIGS / "stage2").glob("*.yaml"))]
 CASES += [(CONFIGS / "stage2" / "demo.yaml", v) for v in sorted((CONFIGS / "variants").glob("prior_*.yaml"))]
 
 

@@ -119,7 +119,7 @@ def test_a_trained_flow_head_cannot_be_told_from_the_toy(flow: Head, name: str) 
 
 @pytest.mark.slow
 def test_the_mean_of_a_bimodal_toy_is_where_nothing_is(flow: Head, mse: Head) -> None:
-    """Control for the whole idea: squared error collapses to 0 between two modes at -1 and 1; the flow head does not."""
+    """Control for the whole idea: squared error collapses to 0 between modes at -1 and 1; the flow head does not."""
     index = TOYS.index("bimodal")
     assert draw(mse, index, 500)[:, 0].abs().max() < 0.2
     ours = draw(flow, index, 500)[:, 0]

@@ -1,0 +1,146 @@
+"""What a prior can do beside sampling: caption a line, classify by likelihood, distil its solver."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.latents import LatentShardWriter, write_latent_manifest
+from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage1_tokenizer.vocabulary import CaptionVocabulary
+from stage2_prior import Prior
+from stage2_prior.amed import AMED, fit_amed
+from stage2_prior.amed import main as amed_main
+from stage2_prior.backbone import Backbone
+from stage2_prior.captioning import CaptioningPrior
+from stage2_prior.head_nets import HoistedNet
+from stage2_prior.heads import FlowHead, HeadError
+from stage2_prior.likelihood import caption_log_prob
+from stage2_prior.prior import PriorError
+from stage2_prior.samplers import Midpoint
+
+K, C, D = 4, 2, 32
+CAPTIONS = ["a red circle", "a large blue square", "a cross above a small green star", "a yellow star"]
+
+
+def captioning_prior() -> CaptioningPrior:
+    torch.manual_seed(0)
+    vocabulary = CaptionVocabulary(rows=32, context_length=12)
+    vocabulary.fit(CAPTIONS)
+    head = FlowHead(HoistedNet(C, D, 32, 2), rows_per_time=K)
+    return CaptioningPrior(
+        K, C, vocabulary, Backbone(D, 2, 2, max_tokens=40), head, 0.1, caption_weight=1.0, caption_share=1.0
+    )
+
+
+def codes() -> Tensor:
+    """The line that stands for each caption, (4,K,C)."""
+    return torch.randn(len(CAPTIONS), K, C, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def taught() -> CaptioningPrior:
+    """A few seconds on lines that are their caption's code plus noise."""
+    prior = captioning_prior().train()
+    text = prior.encode_text(CAPTIONS * 16)
+    optimizer = MuonAdamW(parameter_groups(prior), lr=3e-3, matrix_lr=0.02)
+    for step in range(220):
+        for group in optimizer.param_groups:
+            group["lr"] = (0.02 if group["group"] == "matrix" else 3e-3) * warmup_flat_cosine(step, 220)
+        z = codes().repeat(16, 1, 1) + 0.2 * torch.randn(64, K, C)
+        loss = torch.stack(list(prior.objective(z, text).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    prior.eval()
+    return prior
+
+
+@pytest.mark.slow
+def test_a_taught_prior_reads_lines_out(taught: CaptioningPrior) -> None:
+    z = codes() + 0.2 * torch.randn(4, K, C, generator=torch.Generator().manual_seed(1))
+    assert taught.caption(z) == CAPTIONS
+    assert taught.caption(z.flip(0)) == CAPTIONS[::-1]
+    right = taught.caption_losses(z, taught.encode_text(CAPTIONS))
+    wrong = taught.caption_losses(z.roll(1, 0), taught.encode_text(CAPTIONS))
+    assert right.max() < 0.3 and wrong.min() > 0.6 and wrong.mean() > 1.0  # control
+
+
+@pytest.mark.slow
+def test_a_taught_prior_draws_what_captions_say_and_classifies_by_likelihood(taught: CaptioningPrior) -> None:
+    z = taught.sample(CAPTIONS * 25, 1.0, generator=torch.Generator().manual_seed(1))
+    nearest = torch.cdist(z.flatten(1), codes().flatten(1)).argmin(1)
+    assert (nearest == torch.arange(4).repeat(25)).float().mean() > 0.95
+    real = codes() + 0.2 * torch.randn(4, K, C, generator=torch.Generator().manual_seed(2))
+    found = caption_log_prob(taught, real, CAPTIONS)
+    assert found.shape == (4, 4) and found.argmax(1).tolist() == [0, 1, 2, 3]
+    exact = -K * C * (0.5 + torch.log(torch.tensor(0.2)) + 0.919)  # nats of a Gaussian of spread 0.2
+    assert abs(found.diagonal().mean() - exact) < 6  # a few seconds of training: near, not there
+
+
+def test_latents_do_not_see_the_caption_after_them_and_words_do_not_see_later_words() -> None:
+    prior = captioning_prior().eval()
+    for parameter in prior.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    z, text = codes(), prior.encode_text(CAPTIONS)
+    x, positions, mask = prior.sequence(z, text.ids)
+    before = prior.backbone(x, positions, mask)
+    ids = text.ids.clone()
+    ids[:, 3] = 3  # a word that no caption has
+    after = prior.backbone(*prior.sequence(z, ids))
+    at = 2 + K + 3  # null, start, line, then the words
+    torch.testing.assert_close(after[:, :at], before[:, :at], rtol=0, atol=1e-5)
+    assert (after[:, at:] - before[:, at:]).abs().amax(-1).min() > 1e-4
+
+
+def test_captioning_options_are_checked() -> None:
+    vocabulary = CaptionVocabulary(rows=32, context_length=12)
+    with pytest.raises(PriorError, match="at both ends"):
+        CaptioningPrior(K, C, vocabulary, Backbone(D, 1, 2, max_tokens=20), FlowHead(HoistedNet(C, D)))
+    with pytest.raises(PriorError, match="caption_share"):
+        CaptioningPrior(
+            K, C, vocabulary, Backbone(D, 1, 2, max_tokens=40), FlowHead(HoistedNet(C, D)), caption_share=0.0
+        )
+
+
+# -- AMED -------------------------------------------------------------------------------------------------------------
+
+
+def ends(head: FlowHead, cond: Tensor, solver: Midpoint | AMED) -> Tensor:
+    head.solver = solver
+    return head.sample(cond, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.slow
+def test_a_distilled_solver_ends_nearer_to_many_steps_than_midpoint(taught: CaptioningPrior, tmp_path: Path) -> None:
+    """On held-out noise, at the same cost; through the command, from an exported prior and latents."""
+    taught.save_pretrained(tmp_path / "prior")
+    with LatentShardWriter(tmp_path / "latents", "val") as writer:
+        for i in range(40):
+            writer.write(f"{i:02d}", codes()[i % 4] + 0.2 * torch.randn(K, C), torch.zeros(K, C), [CAPTIONS[i % 4]], {})
+    write_latent_manifest(tmp_path / "latents", K, C, "0123456789abcdef")
+    loaded = Prior.from_pretrained(amed_main(["--run_dir", str(tmp_path), "--steps", "4"]))
+    assert isinstance(loaded, CaptioningPrior) and isinstance(loaded.head, FlowHead)
+    amed = loaded.head.solver
+    assert isinstance(amed, AMED) and amed.evaluations == loaded.evaluations() == 4
+    assert loaded.sample(CAPTIONS).shape == (4, K, C)
+    with torch.no_grad():
+        cond = loaded.conditions(codes(), loaded.encode_text(CAPTIONS)).flatten(0, 1).repeat(40, 1)
+        exact = ends(loaded.head, cond, Midpoint(steps=64))
+        ours, midpoint = (ends(loaded.head, cond, s) for s in (amed, Midpoint(steps=2)))
+    assert (ours - exact).square().mean() < 0.8 * (midpoint - exact).square().mean()
+    with pytest.raises(HeadError, match="distilled for that many"):
+        loaded.sample(CAPTIONS, steps=8) if loaded.head.solver is amed else amed.with_evaluations(8)
+
+
+def test_an_untaught_amed_is_midpoint() -> None:
+    torch.manual_seed(0)
+    head = FlowHead(HoistedNet(C, D))
+    for parameter in head.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    cond = torch.randn(5, D)
+    torch.testing.assert_close(ends(head, cond, AMED(steps=3)), ends(head, cond, Midpoint(steps=3)))
+    assert isinstance(fit_amed(head, cond, steps=1, iterations=2, batch=8), AMED)
