@@ -5,13 +5,13 @@ the prior use. Every map acts on each position alone, so prefixes stay exact.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stage1_tokenizer.contract import Bottleneck
 from stage1_tokenizer.layers import Linears
-from stage1_tokenizer.spec import Spec
 
 
-class KLBottleneck(Spec, nn.Module):
+class KLBottleneck(Bottleneck):
     """Diagonal Gaussian posterior with a tiny KL to N(0, 1) (Kingma & Welling 2014).
 
     The log-variance starts near `logvar_bias` (noise std e^(bias/2)), so that pictures come through from the first

@@ -12,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.contract import Decoder
 from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, embedding
-from stage1_tokenizer.spec import Spec
 
 
 class ConvTail(nn.Module):
-    """Refines a coarse image at half resolution with the tokens' help: (B,3,H,W), (B,N,D) -> correction (B,3,H,W)."""
+    """Refines a coarse image at half resolution with the tokens' help: (B,3i,H,W), (B,N,D) -> correction (B,3,H,W).
 
-    def __init__(self, width: int, patch_size: int, channels: int, depth: int):
+    i = `inputs` images side by side in the channels.
+    """
+
+    def __init__(self, width: int, patch_size: int, channels: int, depth: int, inputs: int = 1):
         super().__init__()
         self.cell = patch_size // 2  # side of a patch at half resolution
         self.token = nn.Linear(width, channels * self.cell**2)
-        self.pixels = nn.Conv2d(12, channels, 3, padding=1)
+        self.pixels = nn.Conv2d(12 * inputs, channels, 3, padding=1)
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth))
         self.out = nn.Conv2d(channels, 12, 3, padding=1)
         nn.init.zeros_(self.out.weight)
@@ -38,7 +41,7 @@ class ConvTail(nn.Module):
         return F.pixel_shuffle(self.out(F.gelu(x)), 2)  # (B,3,H,W)
 
 
-class ViTDecoder(Spec, nn.Module):
+class ViTDecoder(Decoder):
     """Deterministic pixel decoder. forward(z (B,K,C), keep_mask (B,K), base (B,3,H,W) or None) -> images (B,3,H,W).
 
     `base` is an image that the decoder starts from and corrects (a linear path's reconstruction); it also enters the
@@ -91,6 +94,10 @@ class ViTDecoder(Spec, nn.Module):
         if base is not None:
             coarse = coarse + base
         return coarse + self.tail(coarse, x).float()  # (B,3,H,W)
+
+    @property
+    def last_weight(self) -> Tensor:
+        return self.tail.out.weight
 
     def losses(self, z: Tensor, keep_mask: Tensor, images: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(reconstruction (B,3,H,W), squared error per image (B,))."""

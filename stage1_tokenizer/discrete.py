@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.contract import Bottleneck
 from stage1_tokenizer.layers import Linears
-from stage1_tokenizer.spec import Spec
 
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def entropy_bits(counts: Tensor) -> Tensor:
     return -(p * p.clamp_min(1e-12).log2()).sum(-1)
 
 
-class FSQBottleneck(Spec, nn.Module):
+class FSQBottleneck(Bottleneck):
     """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505): every channel is rounded to one of L levels.
 
     The values are levels divided by the half range, in [-1, 1]. There is no codebook, hence none that can collapse.
@@ -78,7 +78,7 @@ class FSQBottleneck(Spec, nn.Module):
         return entropy_bits(counts).sum(-1).mean()
 
 
-class VQBottleneck(Spec, nn.Module):
+class VQBottleneck(Bottleneck):
     """Vector quantisation with a codebook that moves as a whole (SimVQ, Zhu et al. 2024, arXiv 2411.02038).
 
     A plain codebook moves only the codes that are chosen, and the rest dies. Here the codes are fixed random vectors

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.contract import Encoder
 from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, causal_mask, embedding
 from stage1_tokenizer.spec import Spec
+from stage1_tokenizer.timm_trunk import TimmTrunk
 
 
 class PatchTrunk(Spec, nn.Module):
@@ -61,18 +63,18 @@ class PatchTrunk(Spec, nn.Module):
         return x  # (B,N,D)
 
 
-class QFormerEncoder(Spec, nn.Module):
+class QFormerEncoder(Encoder):
     """Patches by cross-attention into K ordered queries (after BLIP-2's Q-Former and GigaTok's 1-D encoder).
 
     Args:
-        trunk: images -> patches (B,N,D); a `PatchTrunk` or any module with `width` and `num_patches`.
+        trunk: images -> patches (B,N,D); a `PatchTrunk` or a `TimmTrunk`.
         num_latents: K.
         depth: blocks of self-attention + cross-attention + MLP.
         heads: attention heads.
     forward(images, k=None) -> h (B,k,D), by default k = K.
     """
 
-    def __init__(self, trunk: PatchTrunk, num_latents: int = 16, depth: int = 1, heads: int = 2):
+    def __init__(self, trunk: PatchTrunk | TimmTrunk, num_latents: int = 16, depth: int = 1, heads: int = 2):
         super().__init__()
         self.trunk, self.num_latents, self.width = trunk, num_latents, trunk.width
         self.queries = embedding(num_latents, trunk.width)

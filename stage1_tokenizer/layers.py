@@ -33,6 +33,7 @@ def mark(parameter: nn.Parameter, group: str) -> nn.Parameter:
 def linear(n_in: int, n_out: int, zero: bool = False) -> nn.Linear:
     """A bias-free matrix of a block, in the Muon group; `zero` starts a residual branch at nothing."""
     layer = nn.Linear(n_in, n_out, bias=False)
+    assert isinstance(layer.weight, nn.Parameter), "a fresh layer's"
     if zero:
         nn.init.zeros_(layer.weight)
     else:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from data.latents import LatentShardWriter, write_latent_manifest
+from stage1_tokenizer.adversarial import AdversarialLoss
 from stage1_tokenizer.card import tokenizer_card
+from stage1_tokenizer.losses import ImageLoss
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -35,6 +37,11 @@ class LitTokenizer(pl.LightningModule):
         linear_path_images: training images that a linear path is computed from.
         report_images: held-out images that `test` reports on.
         baseline_metrics: metrics.json of the same run without text losses, to report what they cost; None for none.
+        image_losses: losses between full-length reconstructions and pictures, besides the decoder's own.
+        adversarial: a discriminator to play against; None for none.
+        init_from: exported tokenizer to start from (same encoder, bottleneck and text; a decoder of the same class
+            too); None starts from random weights.
+        freeze_encoder: train the decoder only, with `init_from`; latents, text and statistics stay as they are.
     """
 
     def __init__(
@@ -49,6 +56,10 @@ class LitTokenizer(pl.LightningModule):
         linear_path_images: int = 20_000,
         report_images: int = 2_000,
         baseline_metrics: str | None = None,
+        image_losses: list[ImageLoss] | None = None,
+        adversarial: AdversarialLoss | None = None,
+        init_from: str | None = None,
+        freeze_encoder: bool = False,
     ):
         super().__init__()
         self.tokenizer = tokenizer
@@ -56,6 +67,14 @@ class LitTokenizer(pl.LightningModule):
         self.long_captions, self.statistics_images = long_captions, statistics_images
         self.linear_path_images, self.report_images = linear_path_images, report_images
         self.baseline_metrics = baseline_metrics
+        self.image_losses, self.adversarial = nn.ModuleList(image_losses or []), adversarial
+        self.automatic_optimization = adversarial is None  # two optimisers take turns: see training_step
+        self.init_from, self.freeze_encoder = init_from, freeze_encoder
+        if freeze_encoder:
+            if init_from is None:
+                raise ValueError("freeze_encoder without init_from would freeze random weights; give init_from a folder.")
+            tokenizer.requires_grad_(False)
+            tokenizer.decoder.requires_grad_(True)
         self.run_dir, self.stage_dir = Path("runs"), Path("runs")  # set by the command line
         self.prefixes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < tokenizer.num_latents] + [tokenizer.num_latents]
 
@@ -73,6 +92,9 @@ class LitTokenizer(pl.LightningModule):
         """Learn from the training split what is fixed before the first step: vocabulary and linear path."""
         if stage != "fit":
             return
+        if self.init_from is not None:
+            self.tokenizer.start_from(Tokenizer.from_pretrained(self.init_from))
+            return
         if self.tokenizer.text is not None:
             left_out = self.tokenizer.vocabulary.fit(c for captions in self.data.captions("train") for c in captions)
             if left_out:
@@ -86,13 +108,47 @@ class LitTokenizer(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        if self.adversarial is None:
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        critic = torch.optim.AdamW(self.adversarial.discriminator.parameters(), lr=self.lr, betas=(0.5, 0.9))
+        return [optimizer, critic], [schedule]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        parts = self.tokenizer.losses(batch["images"], self.caption_ids(batch), self.global_step)
-        loss = self.tokenizer.total(parts)
+        step, images = self.global_step, batch["images"]
+        parts, reconstruction = self.tokenizer.losses(images, self.caption_ids(batch), step)
+        for extra in self.image_losses:
+            parts[type(extra).__name__] = extra(reconstruction, images).mean()
+        loss = self.tokenizer.total(parts) + sum(parts[type(extra).__name__] for extra in self.image_losses)
+        if self.adversarial is not None:
+            parts |= self.play(self.adversarial, loss, images, reconstruction, step)
         self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()} | {"train/loss": loss.detach()})
-        return loss
+        return loss.detach() if self.adversarial is not None else loss
+
+    def play(
+        self, game: AdversarialLoss, loss: Tensor, images: Tensor, reconstruction: Tensor, step: int
+    ) -> dict[str, Tensor]:
+        """One step of the tokenizer and one of the discriminator, by hand.
+
+        Only the tokenizer's goes through Lightning's wrapper: `global_step` counts wrapped steps, and so must count
+        this step once. Both optimisers are in the checkpoint.
+        """
+        optimizer, critic = self.optimizers()  # type: ignore[misc]
+        parts = {}
+        if game.active(step):
+            parts["generator"] = game.generator(reconstruction, loss, self.tokenizer.decoder.last_weight)
+            loss = loss + parts["generator"]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        if game.active(step):
+            parts["discriminator"], means = game.discriminate(images, reconstruction)
+            critic.zero_grad()
+            self.manual_backward(parts["discriminator"])
+            critic.optimizer.step()
+            game.track(means)
+            parts |= means
+        return parts
 
     def caption_ids(self, batch: dict[str, Any]) -> Tensor | None:
         """(B,L) ids of one caption per picture, drawn by `long_captions`; None without text or captions."""
@@ -116,8 +172,9 @@ class LitTokenizer(pl.LightningModule):
 
     def export(self, folder: Path) -> None:
         """Fit the latent statistics on the training split and write `folder/tokenizer`."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)):
-            self.tokenizer.fit_statistics(self.training_images(self.statistics_images))
+        if not self.freeze_encoder:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)):
+                self.tokenizer.fit_statistics(self.training_images(self.statistics_images))
         figures = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         self.tokenizer.save_pretrained(folder / "tokenizer", tokenizer_card(self.tokenizer, figures))
 

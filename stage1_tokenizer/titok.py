@@ -13,12 +13,12 @@ Letters: B batch, N patches, K latents, k prefix length, D width.
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.contract import Encoder
 from stage1_tokenizer.encoder import PatchTrunk
 from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, embedding
-from stage1_tokenizer.spec import Spec
 
 
-class TiTokEncoder(Spec, nn.Module):
+class TiTokEncoder(Encoder):
     """Patches and K ordered latents through shared self-attention blocks.
 
     Args:

@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.bottleneck import KLBottleneck
-from stage1_tokenizer.decoder import ViTDecoder
-from stage1_tokenizer.encoder import QFormerEncoder
+from stage1_tokenizer.contract import Bottleneck, Decoder, Encoder
 from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.linear_path import LinearPath
 from stage1_tokenizer.order import PrefixLengths, keep_mask
@@ -50,9 +48,9 @@ class Tokenizer(Spec, nn.Module):
     def __init__(
         self,
         image_size: int,
-        encoder: QFormerEncoder,
-        bottleneck: KLBottleneck,
-        decoder: ViTDecoder,
+        encoder: Encoder,
+        bottleneck: Bottleneck,
+        decoder: Decoder,
         lengths: PrefixLengths | None = None,
         text: PrefixText | None = None,
         linear_path: LinearPath | None = None,
@@ -124,21 +122,25 @@ class Tokenizer(Spec, nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def losses(self, images: Tensor, ids: Tensor | None = None, step: int = 0) -> dict[str, Tensor]:
-        """Loss parts of one batch; their sum over the keys in `objective` is minimised, the rest is logged.
+    def losses(
+        self, images: Tensor, ids: Tensor | None = None, step: int = 0
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """(loss parts of one batch, full-length reconstructions (B,3,H,W) with their graph).
 
-        images (B,3,H,W); ids (B,L) caption tokens for the text part; `step` counts optimiser steps.
+        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L)
+        caption tokens for the text part, None without; `step` counts optimiser steps.
         """
         shift = self.linear_path.encode(images, self.num_latents) if self.linear_path is not None else None
         z, parts = self.bottleneck(self.encoder(images), shift)  # (B,K,C)
         text_step = self.text is not None and ids is not None and step % self.text.every == 0
         z_pixels, z_text = self.text.balance(z) if text_step and self.text is not None else (z, z)
-        parts |= self.pixel_losses(z_pixels, images, step)
+        pixel_parts, reconstruction = self.pixel_losses(z_pixels, images, step)
+        parts |= pixel_parts
         if text_step and self.text is not None and ids is not None:
             parts |= self.text.losses(z_text, ids)
-        return parts
+        return parts, reconstruction
 
-    def pixel_losses(self, z: Tensor, images: Tensor, step: int) -> dict[str, Tensor]:
+    def pixel_losses(self, z: Tensor, images: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
         """Full length for every image and, in the same decoder call, one random shorter prefix for a share of them."""
         batch = len(z)
         second = self.lengths is not None and step >= self.lengths.start
@@ -148,13 +150,13 @@ class Tokenizer(Spec, nn.Module):
         k = torch.cat([extra.new_full((batch,), self.num_latents), extra])
         keep = keep_mask(k, self.num_latents)
         base = self.linear_path.decode(z, keep) if self.linear_path is not None else None
-        _, error = self.decoder.losses(z, keep, target, base)  # (B+b,)
+        x, error = self.decoder.losses(z, keep, target, base)  # (B+b,3,H,W), (B+b,)
         parts = {"pixel": error[:batch].mean()}
         if len(extra) and self.lengths is not None:
             parts["prefix"] = self.lengths.weight * error[batch:].mean()
-        return parts
+        return parts, x[:batch]
 
-    objective = ("pixel", "prefix", "kl", "text", "caption")
+    objective = ("pixel", "prefix", "kl", "commit", "text", "caption")
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         return torch.stack([parts[name] for name in self.objective if name in parts]).sum()
@@ -198,6 +200,22 @@ class Tokenizer(Spec, nn.Module):
     def push_to_hub(self, repo_id: str, card: str | None = None, **upload: Any) -> str:
         """Export and upload to the Hub as `repo_id`; keyword arguments go to `HfApi.create_repo`."""
         return push_module(self, repo_id, card, **upload)
+
+    def start_from(self, other: "Tokenizer") -> None:
+        """Take the weights of `other`, all but its decoder's if that is of another class or size.
+
+        Raises ValueError where encoder, bottleneck, text or linear path differ.
+        """
+        for name in ("encoder", "bottleneck", "text", "linear_path"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if (mine and mine.spec) != (theirs and theirs.spec):
+                raise ValueError(f"the {name} of this config differs from that of the tokenizer to start from.")
+        state = other.state_dict()
+        if self.decoder.spec != other.decoder.spec:
+            state = {n: t for n, t in state.items() if not n.startswith("decoder.")} | {
+                n: t for n, t in self.state_dict().items() if n.startswith("decoder.")
+            }
+        self.load_state_dict(state, strict=True)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "Tokenizer":

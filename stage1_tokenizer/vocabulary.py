@@ -89,7 +89,8 @@ class CaptionVocabulary(Spec, nn.Module):
         table = self.table()
         out = torch.full((len(captions), length), PAD, dtype=torch.long)
         for row, caption in enumerate(captions):
-            out[row, : len(ids)] = torch.tensor(ids) if (ids := self.line(caption, table)) else PAD
+            ids = self.line(caption, table)
+            out[row, : len(ids)] = torch.tensor(ids)
         out = out.to(self.row_of.device)
         return out, out != PAD  # (B,L), (B,L)
 

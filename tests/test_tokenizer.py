@@ -104,7 +104,8 @@ def test_embeddings_are_unit_vectors_of_the_prefix() -> None:
 def test_losses_have_gradients_everywhere_and_a_finite_total() -> None:
     tokenizer = tiny_tokenizer().train()
     ids, _ = tokenizer.vocabulary.encode(CAPTIONS)
-    parts = tokenizer.losses(pictures(4), ids)
+    parts, reconstruction = tokenizer.losses(pictures(4), ids)
+    assert reconstruction.shape == (4, 3, SIZE, SIZE)
     assert {"pixel", "prefix", "kl", "text"} <= parts.keys()
     tokenizer.total(parts).backward()
     dead = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -116,7 +117,7 @@ def test_training_reduces_the_loss() -> None:
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
     images, losses = pictures(32), []
     for step in range(60):
-        loss = tokenizer.total(tokenizer.losses(images, step=step))
+        loss = tokenizer.total(tokenizer.losses(images, step=step)[0])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,10 +17,12 @@ from tests.benchmarks.measure import Row, matmul_peak, measure
 CAPTION = "a small red circle above a large blue star on a white background"
 
 
-def model_rows(stage1: Path, stage2: Path, device: torch.device, seconds: float) -> tuple[dict[str, Any], list[Row]]:
+def model_rows(
+    stage1: Path, stage2: Path, device: torch.device, seconds: float, batch: int | None = None
+) -> tuple[dict[str, Any], list[Row]]:
     """What was measured with (format, peak, threads), and one row for each thing measured.
 
-    stage1, stage2: config files. seconds: time spent on each row.
+    stage1, stage2: config files. seconds: time spent on each row. batch: pictures per call; None: as the configs say.
     """
     first, second = (yaml.safe_load(path.read_text()) for path in (stage1, stage2))
     tokenizer = build(first["model"]["tokenizer"]).to(device)
@@ -29,7 +31,9 @@ def model_rows(stage1: Path, stage2: Path, device: torch.device, seconds: float)
         vocabulary.fit([CAPTION])
     dtype = matmul_dtype(device)
     peak = matmul_peak(dtype, device)
-    size, val, guidance = tokenizer.image_size, first["data"]["val_batch_size"], second["model"]["guidance"]
+    size, guidance = tokenizer.image_size, second["model"]["guidance"]
+    val = batch or first["data"]["val_batch_size"]
+    batch1, batch2 = batch or first["data"]["batch_size"], batch or second["data"]["batch_size"]
 
     def autocast() -> torch.autocast:
         return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -55,7 +59,6 @@ def model_rows(stage1: Path, stage2: Path, device: torch.device, seconds: float)
         with autocast():
             tokenizer.decode(prior.sample(captions, guidance))
 
-    batch1, batch2 = first["data"]["batch_size"], second["data"]["batch_size"]
     train_images, train_z = pictures(batch1), z.repeat(1 + batch2 // val, 1, 1)[:batch2]
     ids = tokenizer.vocabulary.encode([CAPTION] * batch1)[0].to(device)
     words = prior.encode_text([CAPTION] * batch2)

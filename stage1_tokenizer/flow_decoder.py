@@ -1,0 +1,131 @@
+"""Stochastic pixel decoder: a small transformer that predicts the clean image along a linear path (no VAE).
+
+A deterministic decoder of a short prefix shows the average of all pictures that the prefix leaves open: a blur. This
+one draws one of them. x_t = (1-t) x + t noise; the network sees x_t, t and the visible latents and says the clean image
+x (as Li & He 2025, "Back to basics", argue for pixel space); the loss is the squared error of the velocity it implies,
+(x - x^)^2 / t^2 with the denominator floored. Training times are logit-normal, shifted towards noise with resolution
+(Hoogeboom et al. 2023, "simple diffusion": larger images need more noise for the same signal-to-noise ratio), and
+sampling is the midpoint rule on a grid refined at the data end.
+
+Letters: B batch, K latents, C channels, N pixel patches, D width, t time (0 data, 1 noise).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage1_tokenizer.contract import Decoder
+from stage1_tokenizer.decoder import ConvTail
+from stage1_tokenizer.flow import interpolate, v_from_x
+from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, embedding
+
+REFERENCE_SIZE = 32  # resolution at which training times are not shifted
+
+
+class TimeEmbedding(nn.Module):
+    """(B,) times in [0, 1] -> (B,D), by random Fourier features and one layer."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-1, 2, width // 2))
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None] * self.frequencies
+        return self.layer(torch.cat([angles.cos(), angles.sin()], -1))  # (B,D)
+
+
+class FlowDecoder(Decoder):
+    """Flow decoder in pixel space with the layout of `ViTDecoder`.
+
+    Args:
+        image_size, patch_size, num_latents, latent_dim, width, depth, heads, tail_channels, tail_depth: as ViTDecoder.
+        steps: midpoint steps of sampling; each costs two evaluations of the network.
+        time_mean: mean of logit(t) in training at 32 pixels; larger sizes add log(size / 32).
+        floor: smallest t in the loss's denominator.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        patch_size: int = 8,
+        num_latents: int = 16,
+        latent_dim: int = 16,
+        width: int = 128,
+        depth: int = 3,
+        heads: int = 2,
+        tail_channels: int = 32,
+        tail_depth: int = 2,
+        steps: int = 4,
+        time_mean: float = 0.0,
+        floor: float = 0.1,
+    ):
+        super().__init__()
+        if steps < 1 or not 0 < floor < 1:
+            raise ValueError(f"got steps {steps}, floor {floor}; want at least 1 step and a floor within (0, 1).")
+        self.image_size, self.patch_size, self.num_latents = image_size, patch_size, num_latents
+        self.steps, self.floor = steps, floor
+        self.time_mean = time_mean + math.log(image_size / REFERENCE_SIZE)
+        side = image_size // patch_size
+        self.latent = Linears(num_latents, latent_dim, width)
+        self.null, self.position = embedding(num_latents, width), embedding(num_latents, width)
+        self.queries = embedding(side * side, width)
+        self.mix = StaticMix(width, num_latents, side * side)
+        self.noisy = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.time = TimeEmbedding(width)
+        self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
+        self.norm = LayerNorm(width)
+        self.patch = nn.Linear(width, 3 * patch_size**2)
+        with torch.no_grad():
+            self.patch.weight *= 0.1
+        self.tail = ConvTail(width, patch_size, tail_channels, tail_depth, inputs=2)
+
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        """The clean image as seen from x_t (B,3,H,W) at t (B,), given latent tokens (B,K,D): (B,3,H,W)."""
+        time = self.time(t)[:, None]  # (B,1,D)
+        x = self.queries + self.mix(tokens) + self.noisy(x_t).flatten(2).transpose(1, 2) + time  # (B,N,D)
+        context = torch.cat([tokens + self.position, time.to(tokens.dtype)], 1)  # (B,K+1,D)
+        for block in self.blocks:
+            x = block(x, context)
+        x = self.norm(x)
+        side = self.image_size // self.patch_size
+        patches = self.patch(x).transpose(1, 2).unflatten(2, (side, side))
+        coarse = F.pixel_shuffle(patches, self.patch_size).float()  # (B,3,H,W)
+        return coarse + self.tail(torch.cat([coarse, x_t], 1), x).float()
+
+    def tokens(self, z: Tensor, keep_mask: Tensor) -> Tensor:
+        return torch.where(keep_mask[..., None], self.latent(z).to(self.null.dtype), self.null)  # (B,K,D)
+
+    @property
+    def last_weight(self) -> Tensor:
+        return self.tail.out.weight
+
+    def losses(self, z: Tensor, keep_mask: Tensor, images: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(predicted clean image (B,3,H,W), velocity loss per image (B,)) at one random time per image."""
+        t = torch.sigmoid(torch.randn(len(z), device=z.device) + self.time_mean)
+        tt = t[:, None, None, None]
+        x_t = interpolate(images, torch.randn_like(images), tt)
+        x = self(x_t, t, self.tokens(z, keep_mask))
+        error = (x - images).square().mean((1, 2, 3)) / t.clamp_min(self.floor).square()
+        return x, error
+
+    def decode(
+        self, z: Tensor, keep_mask: Tensor, base: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One picture per row, drawn with `generator`: midpoint steps from noise, t = (1-u)^1.5."""
+        tokens = self.tokens(z, keep_mask)
+        shape = (len(z), 3, self.image_size, self.image_size)
+        x = torch.randn(shape, generator=generator, device=z.device)
+
+        def field(x_t: Tensor, t: float) -> Tensor:
+            return v_from_x(x_t, self(x_t, torch.full((len(z),), t, device=z.device), tokens), t)
+
+        grid = [(1 - i / self.steps) ** 1.5 for i in range(self.steps + 1)]
+        for t, s in zip(grid, grid[1:], strict=False):
+            middle = x - (t - s) / 2 * field(x, t)
+            x = x - (t - s) * field(middle, (t + s) / 2)
+        return x
