@@ -39,7 +39,7 @@ def test_peak_is_positive_and_the_table_has_every_row() -> None:
 
 @pytest.mark.slow
 def test_the_demo_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--seconds", "0", "--out", str(tmp_path / "bench.json")])
+    main(["--seconds", "0", "--batch", "8", "--out", str(tmp_path / "bench.json")])
     content = json.loads((tmp_path / "bench.json").read_text())
     flops = {row["name"]: row["flops_per_image"] for row in content["rows"]}
     assert len(flops) == 5 and content["setting"]["matmul_peak_flops"] > 0

@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--name", default="demo", help="configs/stage1/NAME.yaml and configs/stage2/NAME.yaml")
     parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each row")
+    parser.add_argument("--batch", type=int, help="pictures per call (default: the configs')")
     parser.add_argument("--out", type=Path, default=Path("runs/bench.json"), help="JSON file to write")
     options = parser.parse_args(arguments)
     stage1, stage2 = (ROOT / "configs" / stage / f"{options.name}.yaml" for stage in ("stage1", "stage2"))
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"there is no config {path}; give --name one that both stages have")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    setting, rows = model_rows(stage1, stage2, device, options.seconds)
+    setting, rows = model_rows(stage1, stage2, device, options.seconds, options.batch)
     setting["configs"] = [path.relative_to(ROOT).as_posix() for path in (stage1, stage2)]
     threads, peak = setting["threads"], setting["matmul_peak_flops"] / 1e9
     print(f"{options.name}, {device}, {threads} threads, {setting['format']}: matmul peak {peak:,.0f} GFLOP/s")
