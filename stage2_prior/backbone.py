@@ -106,7 +106,7 @@ class Backbone(Spec, nn.Module):
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens, on this module's device."""
-        weight = next(self.blocks.parameters())
+        weight = next(self.parameters())
         shape = (batch, self.heads, length, self.width // self.heads)
 
         def buffers() -> list[Tensor]:

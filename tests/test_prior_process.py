@@ -1,7 +1,7 @@
 """The causal loop as a whole on a process with a known joint law: does a long line drift?
 
-z_i = a z_{i-1} + s e_i, L = 32. The head knows the exact conditional field, so that whatever the samples' covariance lacks
-is the solver's doing, piled up along the line (the slope of the spread over position is the drift meter of the report).
+z_i = a z_{i-1} + s e_i, L = 32. The head knows the exact conditional field: whatever the covariance of samples lacks
+is the solver's doing, piled up along the line (the slope of the spread over position is the report's drift meter).
 """
 
 import math
