@@ -8,7 +8,9 @@ white, palettes, greys and CMYK become RGB. An animation is refused by `prepare`
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,6 +22,8 @@ SOURCE_FORMATS = (*READ_FORMATS, "GIF", "BMP", "TIFF", "PPM")
 MEMBER_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 MAX_PIXELS = 64_000_000  # a header that claims more is refused before a byte is decoded
 ORIENTATION = 0x0112
+
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 # PIL warns of large pictures where `open_picture` refuses them, a few lines on.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -76,6 +80,28 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         layer = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return picture.convert("RGB")
+
+
+def check_png(data: bytes) -> None:
+    """Raise PictureError where a PNG holds fewer rows than its header says, which PIL would fill with black.
+
+    Counts what the data chunks decompress to, never more than the header's size asks for.
+    """
+    width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    wanted = sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in sizes if rows > 0 and columns > 0)
+    inflate, found, at = zlib.decompressobj(), 0, 8
+    while at + 8 <= len(data) and found < wanted and not inflate.eof:
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        pending = data[at + 8 : at + 8 + length] if kind == b"IDAT" else b""
+        while pending and found < wanted:
+            found += len(inflate.decompress(pending, min(wanted - found, 1 << 20)))
+            pending = inflate.unconsumed_tail
+        at += 12 + length
+    if found < wanted:
+        raise PictureError("unreadable", f"a PNG of {width} x {height} needs {wanted} bytes of rows, it has {found}")
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from data.pictures import (
     MEMBER_OF_FORMAT,
     SOURCE_FORMATS,
     PictureError,
+    check_png,
     encode,
     open_picture,
     short,
@@ -178,7 +179,7 @@ class Made:
 def make_members(sample: Sample, captions: list[str], config: PrepareConfig) -> Made | Drop:
     """Return what is written of a sample, or why nothing is."""
     try:
-        member, content, size, original, picture = _make_picture(sample, config)
+        member, content, size, original, code = _make_picture(sample, config)
     except PictureError as error:
         return Drop(sample.key, error.reason, str(error))
     record = {
@@ -202,42 +203,46 @@ def make_members(sample: Sample, captions: list[str], config: PrepareConfig) -> 
         "txt": captions[0].encode("utf-8", "replace"),
         "json": json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
     }
-    return Made(members, original, picture_hash(picture) if config.filters.near_duplicates is not None else b"")
+    return Made(members, original, code)
 
 
-def _make_picture(
-    sample: Sample, config: PrepareConfig
-) -> tuple[str, bytes, tuple[int, int], tuple[int, int], Image.Image]:
-    """Return member, bytes, size, size before resizing, and the picture. Raises PictureError."""
+def _make_picture(sample: Sample, config: PrepareConfig) -> tuple[str, bytes, tuple[int, int], tuple[int, int], bytes]:
+    """Return member, bytes, size, size before resizing, and hash. Raises PictureError."""
+    hashed: Callable[[Image.Image], bytes] = picture_hash if config.filters.near_duplicates is not None else _no_hash
+    drawn = "png" if config.format == "keep" else config.format  # where there are no bytes to keep
     if sample.pixels is not None:
         picture = Image.fromarray(sample.pixels)
-        member = "png" if config.format == "keep" else config.format
-        return member, encode(picture, member, config.quality), picture.size, picture.size, picture
+        return drawn, encode(picture, drawn, config.quality), picture.size, picture.size, hashed(picture)
     data = sample.image or b""
     header = open_picture(data, SOURCE_FORMATS, config.filters.max_pixels)
-    original = upright_size(header)
-    refused = config.filters.size_reason(*original)
-    if refused is not None:
-        raise PictureError(*refused)
     try:
         if getattr(header, "is_animated", False):
             raise PictureError("animated", f"{getattr(header, 'n_frames', 'several')} frames; one picture is wanted")
+        if header.format == "PNG":
+            check_png(data)
+        original = upright_size(header)
+        refused = config.filters.size_reason(*original)
+        if refused is not None:
+            raise PictureError(*refused)
         if config.format == "keep" and header.format in MEMBER_OF_FORMAT:
-            member = MEMBER_OF_FORMAT[header.format]
-            return member, data, original, original, to_rgb(header)
+            return MEMBER_OF_FORMAT[header.format], data, original, original, hashed(to_rgb(header))
         if config.resize == "no" or (config.resize == "center_crop" and original == (config.size, config.size)):
             picture = to_rgb(header)
-            member = "png" if config.format == "keep" else config.format
-            return member, encode(picture, member, config.quality), original, original, picture
+            return drawn, encode(picture, drawn, config.quality), original, original, hashed(picture)
         from data.resize import as_picture, encode_pixels, pixels_of, resize  # torch, only where it is needed
 
         pixels = resize(pixels_of(data, header, config.size, config.resize), config.size, config.resize)
         content = encode_pixels(pixels, config.format, config.quality)
-        return config.format, content, (pixels.shape[2], pixels.shape[1]), original, as_picture(pixels)
+        code = hashed(as_picture(pixels)) if hashed is picture_hash else b""
+        return config.format, content, (pixels.shape[2], pixels.shape[1]), original, code
     except DataError:
         raise
     except Exception as error:  # decoders raise many kinds on hostile bytes; all mean the same here
         raise PictureError("unreadable", f"the picture does not decode: {short(error)}") from error
+
+
+def _no_hash(picture: Image.Image) -> bytes:
+    return b""
 
 
 def octaves(values: Counter[int]) -> dict[str, int]:

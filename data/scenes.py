@@ -6,7 +6,7 @@ scene i is a pure function of (seed, i): a counter-based hash gives its random n
 drawn anywhere, by any process, with the same bytes. Objects are signed distance functions, evaluated for a whole batch
 of scenes at once; a pixel's coverage is its distance to the edge clipped to one pixel, which is the antialiasing.
 
-Lengths are given for a picture of 32 pixels and scale with the size. The radii (large 7.4, small 5.0) are the
+Lengths are given for a picture of 32 pixels and scale with the size. The radii (large 7.0, small 4.9) are the
 largest with which two large objects side by side stay apart, and are such that small stars, crosses and triangles
 remain distinct.
 
@@ -35,14 +35,14 @@ COLOURS = {
     "orange": (248, 130, 20),
     "cyan": (40, 208, 222),
 }
-SIZES = {"small": 5.0, "large": 7.4}
+SIZES = {"small": 4.9, "large": 7.0}
 BACKGROUNDS = {"white": (238, 238, 238), "gray": (128, 128, 128), "black": (18, 18, 18), "pink": (240, 180, 196)}
 PLACES = {
     "center": (0.0, 0.0),
-    "top left": (-7.4, -7.4),
-    "top right": (7.4, -7.4),
-    "bottom left": (-7.4, 7.4),
-    "bottom right": (7.4, 7.4),
+    "top left": (-7.2, -7.2),
+    "top right": (7.2, -7.2),
+    "bottom left": (-7.2, 7.2),
+    "bottom right": (7.2, 7.2),
 }
 # Centre of the first and of the second object.
 RELATIONS = {
@@ -223,14 +223,18 @@ def uniforms(seed: int, indices: np.ndarray, draws: int) -> np.ndarray:
     """Return (B, draws) numbers in [0, 1) that depend on (seed, index, draw) alone: splitmix64 of their counter."""
     if not 0 <= seed < _LIMIT:
         raise DataError(f"--seed is {seed}, it must be from 0 to 2**40 - 1")
-    with np.errstate(over="ignore"):
-        z = np.asarray(indices, np.uint64)[:, None] * np.uint64(draws) + np.arange(draws, dtype=np.uint64)
-        for salt in (seed, 0):  # two rounds, so that neighbouring seeds share nothing
-            z = (z + np.uint64(salt + 1)) * np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ np.right_shift(z, np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ np.right_shift(z, np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ np.right_shift(z, np.uint64(31))
+    counter = np.asarray(indices, np.uint64)[:, None] * np.uint64(draws) + np.arange(draws, dtype=np.uint64)
+    z = _mix(_mix(counter) + _mix(_mix(np.full(1, seed, np.uint64))))
     return np.right_shift(z, np.uint64(11)).astype(np.float64) / 2**53
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    """Return the splitmix64 hash of 64-bit integers."""
+    with np.errstate(over="ignore"):
+        z = (z + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ np.right_shift(z, np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ np.right_shift(z, np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ np.right_shift(z, np.uint64(31))
 
 
 @functools.cache
