@@ -1,4 +1,4 @@
-"""What can be read from a prefix of latents: linear probes, retrieval of captions, classes named by captions.
+"""What can be read from a prefix of latents: linear probes, captions near to it, classes named by captions.
 
 Each takes latents z (N, K, C) and prefix lengths and gives one value per length, so that a table by prefix shows where
 in the line a piece of information sits. A linear probe needs no text; the other two use the tokenizer's text space.
@@ -12,8 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from stage1_tokenizer.metrics import Retrieval, retrieval
 
 TEXT_BATCH = 256
 CAPTIONS_PER_CLASS = 50
@@ -72,12 +70,12 @@ def embed_prefixes(space: TextSpace, z: Tensor, lengths: Sequence[int], batch_si
     }
 
 
-def retrieval_by_prefix(
-    space: TextSpace, prefixes: Mapping[int, Tensor], captions: Sequence[str]
-) -> dict[int, Retrieval]:
-    """Recall of each picture's caption among all of `captions`, from the embedded prefixes (N, E) of each length."""
-    text = embed_captions(space, captions)
-    return {k: retrieval(vectors, text, captions, captions) for k, vectors in prefixes.items()}
+def nearest_captions(
+    prefixes: Mapping[int, Tensor], text: Tensor, captions: Sequence[str], num: int
+) -> list[dict[int, str]]:
+    """For each of the first `num` pictures, the caption that the first k latents are nearest to, by k."""
+    nearest = {k: (vectors[:num] @ text.T).argmax(dim=1).tolist() for k, vectors in prefixes.items()}
+    return [{k: captions[rows[i]] for k, rows in nearest.items()} for i in range(min(num, len(captions)))]
 
 
 def class_prompts(captions: Sequence[Sequence[str]], labels: Sequence[int]) -> dict[int, list[str]]:

@@ -31,9 +31,16 @@ from stage1_tokenizer.frechet import (
     inception_features,
     precision_recall,
 )
-from stage1_tokenizer.metrics import PairMetric, Skipped, latent_use, lpips_metric, psnr, ssim
+from stage1_tokenizer.metrics import PairMetric, Skipped, latent_use, lpips_metric, psnr, retrieval, ssim
 from stage1_tokenizer.pca import PCA
-from stage1_tokenizer.probes import class_prompts, embed_prefixes, linear_probe, retrieval_by_prefix, zero_shot
+from stage1_tokenizer.probes import (
+    class_prompts,
+    embed_captions,
+    embed_prefixes,
+    linear_probe,
+    nearest_captions,
+    zero_shot,
+)
 from stage1_tokenizer.report import provenance
 
 PCA_BYTES = 2**30  # training pictures that PCA is fitted on, as float32
@@ -356,7 +363,9 @@ def _text_metrics(
     names = ["short", "medium", "long"] if kinds == 3 and any(held_out["attributes"]) else _numbered(kinds)
     result: dict[str, Any] = {"n": len(captions)}
     for index, name in enumerate(names):
-        by_k = retrieval_by_prefix(tokenizer, few, [texts[index] for texts in captions])
+        of_kind = [texts[index] for texts in captions]
+        text = embed_captions(tokenizer, of_kind)
+        by_k = {k: retrieval(vectors, text, of_kind, of_kind) for k, vectors in few.items()}
         first = by_k[lengths[0]]
         result[name] = {
             "distinct": len({texts[index] for texts in captions}),
@@ -365,7 +374,9 @@ def _text_metrics(
             "bits": {k: found.bits for k, found in by_k.items()},
             "most_bits": first.most_bits,
         }
-    metrics: dict[str, Any] = {"retrieval": result}
+    nearest = nearest_captions(few, text, of_kind, GRID_PICTURES)  # of the last kind, the longest caption of scenes
+    examples = [{"caption": true, "nearest": found} for true, found in zip(of_kind, nearest, strict=False)]
+    metrics: dict[str, Any] = {"retrieval": result, "captions_read": examples}
     if int(train["labels"].min()) >= 0:
         prompts = class_prompts(train["captions"], train["labels"].tolist())
         metrics["zero_shot"] = zero_shot(tokenizer, prefixes, held_out["labels"], prompts)

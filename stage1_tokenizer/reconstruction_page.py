@@ -37,6 +37,7 @@ def page(metrics: Mapping[str, Any], pictures: Mapping[str, Any], skipped: Seque
         _classifier_table(report, metrics["classifier"], lengths)
     if "retrieval" in metrics:
         _retrieval_table(report, metrics["retrieval"], lengths)
+        _captions_table(report, metrics["captions_read"], lengths)
     _latent_table(report, metrics["latents"])
     return report.skipped(skipped).provenance(metrics["provenance"])
 
@@ -274,6 +275,14 @@ def _retrieval_table(report: Report, found: Mapping[str, Any], lengths: Sequence
         "the picture's caption counts as a hit, ties do not. Bits: what the prefix tells about which caption it is, "
         "at least, from the likelihood of the right one.",
     )
+
+
+def _captions_table(report: Report, examples: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> None:
+    shown = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
+    rows = [[item["caption"], *(item["nearest"][k] for k in shown)] for item in examples]
+    columns = ["caption of the picture", *(f"nearest to k = {k}" for k in shown)]
+    note = "The pictures are those of the grid above; the nearest of the held-out captions to the first k latents."
+    report.table("What a prefix says", columns, rows, note)
 
 
 def _latent_table(report: Report, latents: Mapping[str, Any]) -> None:

@@ -50,7 +50,8 @@ h2{font-size:1.2rem;margin:2.6rem 0 .6rem}p{margin:.4rem 0;max-width:46rem}.soft
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}
 th,td{padding:.42rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}tr:last-child td{border-bottom:0}
-th:first-child,td:first-child{text-align:left}tr.quiet td{color:var(--soft)}td.text{text-align:left;white-space:normal}
+th:first-child,td:first-child{text-align:left}
+tr.quiet td{color:var(--soft)}td.text{text-align:left;white-space:normal;min-width:11rem;vertical-align:top}
 .curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:.9rem}
 .curves figure,.grid{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem;margin:0}
 .curves img{width:100%;height:auto;display:block}figcaption{font-size:.88rem;color:var(--soft);margin-bottom:.3rem}
@@ -161,7 +162,7 @@ class Report:
         head = "".join(f"<th>{_text(c)}</th>" for c in columns)
         body = ""
         for row in rows:
-            cells = "".join(f"<td>{_text(c)}</td>" for c in row)
+            cells = "".join(f'<td class="text">{_text(c)}</td>' if len(c) > 28 else f"<td>{_text(c)}</td>" for c in row)
             body += f'<tr class="quiet">{cells}</tr>' if quiet and row[0].startswith(quiet) else f"<tr>{cells}</tr>"
         self.section(heading)
         self._add(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
