@@ -1,0 +1,89 @@
+"""A small data set goes through both stages of every config, and through stage 1 with every overlay."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.__main__ import main as data_main
+from stage1_tokenizer.cli import run_cli
+from stage1_tokenizer.lit_tokenizer import LitTokenizer
+from stage1_tokenizer.tokenizer import Tokenizer
+from stage2_prior.lit_prior import LitPrior
+from stage2_prior.prior import Prior
+from stage2_prior.prior_data import PriorDataModule
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+NAMES = sorted(p.stem for p in (CONFIGS / "stage1").glob("*.yaml"))
+SHRUNK = [
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+    "--data.batch_size=4",
+    "--data.val_batch_size=8",
+]
+
+
+def stage1(*args: str) -> None:
+    from data.datamodule import ImageDataModule
+
+    run_cli("stage1", LitTokenizer, ImageDataModule, "python -m stage1_tokenizer", list(args))
+
+
+def stage2(*args: str) -> None:
+    run_cli("stage2", LitPrior, PriorDataModule, "python -m stage2_prior", list(args))
+
+
+VARIANTS = sorted(p.stem for p in (CONFIGS / "variants").glob("*.yaml") if not p.stem.startswith("prior_"))
+EXTRA = {"adversarial": ["--model.adversarial.init_args.start_step=1"]}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the demo's config, two steps long."""
+    folder = tmp_path_factory.mktemp("demo")
+    scenes = ["--source", "scenes", "--num", "40", "--val-fraction", "0.3", "--workers", "1"]
+    assert not data_main(["prepare", *scenes, "--out", str(folder / "data")])
+    own = [f"--run_dir={folder}", f"--data.data_dir={folder / 'data'}", "--model.statistics_images=16"]
+    stage1("fit", f"--config={CONFIGS / 'stage1' / 'demo.yaml'}", *own, *SHRUNK)
+    return folder
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Path) -> None:
+    configs = [f"--config={CONFIGS / 'stage1' / 'demo.yaml'}", f"--config={CONFIGS / 'variants' / (variant + '.yaml')}"]
+    own = [f"--run_dir={tmp_path}", f"--data.data_dir={demo / 'data'}", "--model.statistics_images=16"]
+    own += [f"--model.init_from={demo / 'tokenizer'}"] if variant == "flow_decoder" else []
+    stage1("fit", *configs, *own, *SHRUNK, *EXTRA.get(variant, []))
+    tokenizer, base = (Tokenizer.from_pretrained(folder / "tokenizer") for folder in (tmp_path, demo))
+    if variant == "flow_decoder":
+        assert tokenizer.fingerprint == base.fingerprint, "a frozen latent space stays as it is"
+    assert tokenizer.spec != base.spec or variant == "adversarial"
+    metrics = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/psnr_16" in line for line in metrics)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_stages_of_a_config_run(name: str, tmp_path: Path) -> None:
+    config = CONFIGS / "stage1" / f"{name}.yaml"
+    size = yaml.safe_load(config.read_text())["data"]["image_size"]
+    scenes = ["--source", "scenes", "--num", "40", "--size", str(size), "--val-fraction", "0.3", "--workers", "1"]
+    assert not data_main(["prepare", *scenes, "--out", str(tmp_path / "data")])
+
+    own = [f"--run_dir={tmp_path}", f"--data.data_dir={tmp_path / 'data'}"]
+    stage1("fit", f"--config={config}", *own, *SHRUNK, "--model.statistics_images=16")
+    stage1("predict", f"--config={config}", *own, *SHRUNK[4:])
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert (tokenizer.latent_scale > 0).all() and tokenizer.latent_mean.abs().sum() > 0
+
+    config = CONFIGS / "stage2" / f"{name}.yaml"
+    assert config.is_file(), f"configs/stage1/{name}.yaml has no partner in configs/stage2"
+    own = [f"--run_dir={tmp_path}", f"--data.data_dir={tmp_path / 'latents'}"]
+    stage2("fit", f"--config={config}", *own, *SHRUNK)
+    prior = Prior.from_pretrained(tmp_path / "prior")
+    prior.check(tokenizer)
+    images = tokenizer.decode(prior.sample(["a red circle", "a blue square"], steps=2))
+    assert images.shape == (2, 3, size, size) and images.isfinite().all()
