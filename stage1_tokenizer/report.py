@@ -33,6 +33,7 @@ from stage1_tokenizer.metrics import Skipped
 from stage1_tokenizer.run_folder import describe_process
 
 GAP = 2  # pixels between pictures of a strip, before scaling
+LARGEST_PICTURE = 112  # pixels of the page that one picture of a grid may be wide
 SERIES_COLOURS = ("#3b6fd4", "#d9822b", "#2a9d6f", "#b14fc5", "#c2424d", "#8a6d3b")
 REFERENCE_COLOUR = "#7a7f87"
 INK = {"light": "#1d2330", "dark": "#d9dee8"}
@@ -46,16 +47,18 @@ h2{font-size:1.2rem;margin:2.6rem 0 .6rem}p{margin:.4rem 0;max-width:46rem}.soft
 .figure{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.9rem 1rem}
 .figure b{display:block;font-size:1.55rem;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}
 .figure .name{font-size:.85rem;color:var(--soft)}.figure .note{font-size:.82rem;color:var(--soft);line-height:1.35}
-.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.3rem .8rem}
+.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:10px;
+padding:.3rem .8rem;margin:0 0 .9rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.92rem}
 th,td{padding:.42rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}tr:last-child td{border-bottom:0}
 th:first-child,td:first-child{text-align:left}
 tr.quiet td{color:var(--soft)}td.text{text-align:left;white-space:normal;min-width:11rem;vertical-align:top}
-.curves{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:.9rem}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:.9rem}
 .curves figure,.grid{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem;margin:0}
 .curves img{width:100%;height:auto;display:block}figcaption{font-size:.88rem;color:var(--soft);margin-bottom:.3rem}
-.grid{overflow-x:auto}.grid table{min-width:34rem}.grid td,.grid th{border:0;padding:.16rem .45rem;text-align:left}
+.grid{overflow-x:auto}.grid table{min-width:34rem;table-layout:fixed}.grid th:first-child{width:8.5rem}
+.grid td,.grid th{border:0;padding:.16rem .45rem;text-align:left}
 .grid td:first-child{white-space:normal;font-size:.85rem;color:var(--soft);width:8.5rem;vertical-align:middle}
 .grid img{width:100%;height:auto;display:block;image-rendering:pixelated;border-radius:3px}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1.2rem;font-size:.88rem;margin:.4rem 0}
@@ -191,11 +194,12 @@ class Report:
         if any(len(strips) != len(columns) for _, strips in rows):
             raise ValueError(f"got rows of {sorted({len(s) for _, s in rows})} strips for {len(columns)} columns")
         scale = max(1, 64 // rows[0][1][0].shape[-1])
-        head = "".join(f"<th>{_text(c)}</th>" for c in ["", *columns]) if any(columns) else ""
+        head = "".join(f"<th>{_text(c)}</th>" for c in ["", *columns])
         body = ""
         for label, strips in rows:
             cells = "".join(
-                f'<td><img src="{_data_uri(png(image_strip(s)))}" alt="{_text(f"{label} {column}")}"></td>'
+                f'<td><img src="{_data_uri(png(image_strip(s)))}" alt="{_text(f"{label} {column}")}" '
+                f'style="max-width:{LARGEST_PICTURE * len(s)}px"></td>'
                 for column, s in zip(columns, strips, strict=True)
             )
             body += f"<tr><td>{_text(label)}</td>{cells}</tr>"
