@@ -23,7 +23,12 @@ class KLBottleneck(Bottleneck):
     """
 
     def __init__(
-        self, width: int = 128, num_latents: int = 16, latent_dim: int = 16, weight: float = 3e-4, logvar_bias: float = -5.0
+        self,
+        width: int = 128,
+        num_latents: int = 16,
+        latent_dim: int = 16,
+        weight: float = 3e-4,
+        logvar_bias: float = -5.0,
     ):
         super().__init__()
         self.num_latents, self.latent_dim, self.weight = num_latents, latent_dim, weight

@@ -222,8 +222,11 @@ def fit_classifier(
         if ended or step % budget.check_every == 0:
             accuracy = slot_accuracy(classifier, images[num_train:], targets[num_train:], device)["all"]
             elapsed = time.monotonic() - start
-            bar.write(
-                f"{classifier.feature_name}: step {step}, {elapsed:.0f} s, {accuracy:.2%} of set-aside pictures right"
+            left = "" if ended else f", at most {elapsed * (1 / progress - 1):.0f} s left"
+            bar.clear()
+            print(
+                f"{classifier.feature_name}: {accuracy:.2%} of set-aside pictures right, {elapsed:.0f} s{left}",
+                flush=True,
             )
             if ended or accuracy >= budget.target:
                 break

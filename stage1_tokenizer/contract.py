@@ -21,7 +21,7 @@ class Encoder(Spec, nn.Module):
 
 
 class Bottleneck(Spec, nn.Module):
-    """Features -> latents, position by position; `shift` is added to the latents' mean (a linear path's coefficients)."""
+    """Features -> latents, position by position; `shift` is added to the latents' mean (a linear path)."""
 
     num_latents: int
     latent_dim: int

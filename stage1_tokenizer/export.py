@@ -1,6 +1,6 @@
 """Exported folders: config.json + model.safetensors + a model card, in the layout the Hugging Face hub expects.
 
-Nothing in a folder is executed: the config names classes of this package only (see `spec`), and weights are safetensors.
+Nothing in a folder is executed: the config names classes of this package (see `spec`), weights are safetensors.
 """
 
 import json
@@ -54,7 +54,9 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None) -> 
         raise ValueError(f"{folder} holds a {type(module).__name__}, wanted a {cls.__name__}.")
     tensors = load_file(folder / "model.safetensors")
     own = module.state_dict()
-    wrong = [n for n in own.keys() | tensors.keys() if n not in own or n not in tensors or own[n].shape != tensors[n].shape]
+    wrong = [
+        n for n in own.keys() | tensors.keys() if n not in own or n not in tensors or own[n].shape != tensors[n].shape
+    ]
     if wrong:
         raise ValueError(
             f"{folder}: {len(wrong)} tensors do not fit its config.json, {sorted(wrong)[0]} among them; "

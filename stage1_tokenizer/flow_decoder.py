@@ -11,6 +11,7 @@ Letters: B batch, K latents, C channels, N pixel patches, D width, t time (0 dat
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -125,7 +126,7 @@ class FlowDecoder(Decoder):
             return v_from_x(x_t, self(x_t, torch.full((len(z),), t, device=z.device), tokens), t)
 
         grid = [(1 - i / self.steps) ** 1.5 for i in range(self.steps + 1)]
-        for t, s in zip(grid, grid[1:], strict=False):
+        for t, s in pairwise(grid):
             middle = x - (t - s) / 2 * field(x, t)
             x = x - (t - s) * field(middle, (t + s) / 2)
         return x

@@ -132,7 +132,11 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = LayerNorm(width), MLP(width, expansion)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, self_mask: Tensor | None = None, cross_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        self_mask: Tensor | None = None,
+        cross_mask: Tensor | None = None,
     ) -> Tensor:
         x = x + self.self_attention(self.self_norm(x), mask=self_mask)
         if self.cross_attention is not None and self.cross_norm is not None:
@@ -144,8 +148,8 @@ class StaticMix(nn.Module):
     """Input-independent mixing of tokens: (B,m,D) -> (B,n,D) by a learned (n,m) matrix per head.
 
     Attention must first learn where to look; a fixed map from place to place needs no such discovery and lets a
-    resampler leave the mean image within seconds. There is no output matrix: with one it learned 1 dB less. Row i of the output may be truncated (`n` <= n_out) without touching
-    the others, so prefixes stay exact.
+    resampler leave the mean image within seconds. There is no output matrix: with one it learned 1 dB less. Row i of
+    the output may be truncated (`n` <= n_out) without touching the others, so prefixes stay exact.
     """
 
     def __init__(self, width: int, n_in: int, n_out: int, heads: int = 8):

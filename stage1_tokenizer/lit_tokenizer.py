@@ -72,11 +72,15 @@ class LitTokenizer(pl.LightningModule):
         self.init_from, self.freeze_encoder = init_from, freeze_encoder
         if freeze_encoder:
             if init_from is None:
-                raise ValueError("freeze_encoder without init_from would freeze random weights; give init_from a folder.")
+                raise ValueError(
+                    "freeze_encoder without init_from would freeze random weights; give init_from a folder."
+                )
             tokenizer.requires_grad_(False)
             tokenizer.decoder.requires_grad_(True)
         self.run_dir, self.stage_dir = Path("runs"), Path("runs")  # set by the command line
-        self.prefixes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < tokenizer.num_latents] + [tokenizer.num_latents]
+        self.prefixes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < tokenizer.num_latents] + [
+            tokenizer.num_latents
+        ]
 
     @property
     def networks(self) -> nn.Module:

@@ -139,6 +139,7 @@ def reconstruction_report(
     channels = tokenizer.latent_dim
     skipped: list[Skipped] = []
 
+    print("report: principal components, classifier, then the held-out pictures and the probes", flush=True)
     train = datamodule.arrays("train", limit=max(limit, probe_images))
     pca = _fit_pca(datamodule, train, tokenizer.num_latents * channels, seed, device)
     classifier = report_classifier(datamodule, run_dir, seed, device)
@@ -188,7 +189,7 @@ def reconstruction_report(
     figures = reconstruction_page.headlines(metrics)
     metrics["figures"] = [vars(figure) for figure in figures]
     written = reconstruction_page.page(metrics, pictures, skipped).write(out_dir, metrics)
-    print("\n".join([f"reconstruction report: {written}", *map(str, figures)]))
+    print("\n".join([f"reconstruction report: {written}", *map(str, figures)]), flush=True)
     return metrics
 
 

@@ -60,7 +60,7 @@ def plain(value: Any) -> Any:
 
 
 def build(spec: dict[str, Any], trusted: tuple[str, ...] = TRUSTED) -> Any:
-    """The object that `spec` describes. Raises SpecError for a class outside `trusted` packages or unknown arguments."""
+    """The object that `spec` describes. Raises SpecError for a class outside `trusted` or unknown arguments."""
     path = spec.get("class_path", "")
     module_name, _, name = path.rpartition(".")
     if module_name.split(".")[0] not in trusted:

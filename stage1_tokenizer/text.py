@@ -48,7 +48,7 @@ class TextTower(Spec, nn.Module):
         )
         nn.init.normal_(self.transformer.token_embedding.weight, std=0.7)  # open_clip's 0.02 learns late: see layers.py
         nn.init.normal_(self.transformer.positional_embedding, std=0.7)
-        for name, parameter in self.transformer.transformer.named_parameters():
+        for parameter in self.transformer.transformer.parameters():
             if parameter.ndim == 2:
                 mark(parameter, MATRIX)
 

@@ -122,9 +122,7 @@ class Tokenizer(Spec, nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def losses(
-        self, images: Tensor, ids: Tensor | None = None, step: int = 0
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, ids: Tensor | None = None, step: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """(loss parts of one batch, full-length reconstructions (B,3,H,W) with their graph).
 
         The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L)

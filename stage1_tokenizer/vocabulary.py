@@ -67,7 +67,9 @@ class CaptionVocabulary(Spec, nn.Module):
         for caption, times in Counter(captions).items():
             for token in byte_pair_ids(caption):
                 counts[token] += times
-        kept = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))][: self.rows - SPECIAL]
+        kept = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))][
+            : self.rows - SPECIAL
+        ]
         self.row_of.fill_(UNKNOWN)
         self.id_of.fill_(-1)
         ids = torch.tensor(kept, dtype=torch.int32)
@@ -82,7 +84,9 @@ class CaptionVocabulary(Spec, nn.Module):
         start and end alone.
         """
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-            raise ValueError(f"got captions of type {type(captions).__name__} with non-string entries, wanted list[str].")
+            raise ValueError(
+                f"got captions of type {type(captions).__name__} with non-string entries, wanted list[str]."
+            )
         if not bool((self.id_of >= 0).any()):
             raise ValueError("this vocabulary has no rows yet; call fit(captions) or load an exported folder first.")
         length = self.context_length

@@ -1,10 +1,11 @@
 """Every encoder, bottleneck and decoder keeps the contract: exact prefixes, gradients, files."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from tests.tiny import SIZE, WIDTH, C, K, awaken, pictures
 
 from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.bottleneck import KLBottleneck
@@ -17,6 +18,7 @@ from stage1_tokenizer.flow_decoder import FlowDecoder
 from stage1_tokenizer.order import PrefixLengths, keep_mask
 from stage1_tokenizer.timm_trunk import TimmTrunk
 from stage1_tokenizer.titok import TiTokEncoder
+from tests.tiny import SIZE, WIDTH, C, K, awaken, pictures
 
 TIMM = "vit_tiny_patch16_224"
 
@@ -49,10 +51,8 @@ def decoders() -> dict[str, Decoder]:
 @pytest.mark.parametrize("decoder", decoders())
 @pytest.mark.parametrize("bottleneck", bottlenecks())
 @pytest.mark.parametrize("encoder", encoders())
-def test_every_combination_keeps_the_contract(encoder: str, bottleneck: str, decoder: str, tmp_path) -> None:
-    tokenizer = Tokenizer(
-        SIZE, encoders()[encoder], bottlenecks()[bottleneck], decoders()[decoder], PrefixLengths(K)
-    )
+def test_every_combination_keeps_the_contract(encoder: str, bottleneck: str, decoder: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(SIZE, encoders()[encoder], bottlenecks()[bottleneck], decoders()[decoder], PrefixLengths(K))
     awaken(tokenizer)
     parts, reconstruction = tokenizer.train().losses(pictures(4))
     tokenizer.total(parts).backward()
@@ -102,7 +102,7 @@ def test_noise_is_for_training_only() -> None:
     torch.testing.assert_close(mean.var(-1, correction=0), torch.ones(2, K), atol=1e-3, rtol=0)
 
 
-def test_timm_trunk_loads_weights_from_a_file_and_gives_patches_only(tmp_path) -> None:
+def test_timm_trunk_loads_weights_from_a_file_and_gives_patches_only(tmp_path: Path) -> None:
     torch.manual_seed(1)
     reference = timm.create_model(TIMM, img_size=32, num_classes=0).eval()
     save_file(reference.state_dict(), tmp_path / "vit.safetensors")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tiny import CAPTIONS
 
 from stage1_tokenizer.text import GradientBalance, PrefixReader, SigmoidContrast, SoftmaxContrast
 from stage1_tokenizer.vocabulary import END, START, UNKNOWN, CaptionVocabulary
+from tests.tiny import CAPTIONS
 
 
 def fitted(rows: int = 64, length: int = 12) -> CaptionVocabulary:
@@ -59,7 +59,9 @@ def test_reader_gives_every_prefix_at_once_and_none_sees_later_latents() -> None
 
 
 @pytest.mark.parametrize("contrast", [SoftmaxContrast(), SigmoidContrast()])
-def test_contrast_prefers_the_right_pairing_and_pairs_repeated_captions(contrast) -> None:
+def test_contrast_prefers_the_right_pairing_and_pairs_repeated_captions(
+    contrast: SoftmaxContrast | SigmoidContrast,
+) -> None:
     torch.manual_seed(0)
     text = torch.nn.functional.normalize(torch.randn(6, 1, 16), dim=-1)
     same = torch.eye(6, dtype=torch.bool)[None]

@@ -1,12 +1,13 @@
 """The tokenizer's contract: exact prefixes, determinism, standardised latents, files, and refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import CAPTIONS, SIZE, WIDTH, C, K, pictures, tiny_tokenizer
 
 from stage1_tokenizer import Tokenizer
+from tests.tiny import CAPTIONS, SIZE, WIDTH, C, K, pictures, tiny_tokenizer
 
 
 @pytest.mark.parametrize("linear_path", [False, True])
@@ -24,7 +25,7 @@ def test_changing_a_query_leaves_every_earlier_latent_as_it_was() -> None:
     tokenizer = tiny_tokenizer()
     before = tokenizer.encode(pictures())
     with torch.no_grad():
-        tokenizer.encoder.queries[3] += torch.randn(WIDTH)
+        tokenizer.get_parameter("encoder.queries")[3] += torch.randn(WIDTH)
     after = tokenizer.encode(pictures())
     torch.testing.assert_close(after[:, :3], before[:, :3], atol=1e-5, rtol=0)
     assert (after[:, 3] - before[:, 3]).abs().max() > 1e-2
@@ -67,7 +68,7 @@ def test_statistics_do_not_change_what_is_decoded() -> None:
     torch.testing.assert_close(tokenizer.decode(tokenizer.encode(pictures())[:, :3]), before, atol=1e-4, rtol=0)
 
 
-def test_exported_folder_round_trips(tmp_path) -> None:
+def test_exported_folder_round_trips(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.fit_statistics([pictures(50)])
     tokenizer.save_pretrained(tmp_path / "tok")
@@ -82,7 +83,7 @@ def test_fingerprint_follows_the_latent_space_only() -> None:
     tokenizer = tiny_tokenizer()
     before = tokenizer.fingerprint
     with torch.no_grad():
-        tokenizer.decoder.queries += 1
+        tokenizer.get_parameter("decoder.queries").add_(1)
     assert tokenizer.fingerprint == before
     tokenizer.latent_mean += 0.1
     assert tokenizer.fingerprint != before
@@ -152,13 +153,13 @@ def test_wrong_latents_are_refused() -> None:
         tiny_tokenizer(text=False).embed_text(["a"])
 
 
-def test_damaged_or_foreign_folders_are_refused(tmp_path) -> None:
+def test_damaged_or_foreign_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run fit first"):
         Tokenizer.from_pretrained(tmp_path / "nothing")
     folder = tiny_tokenizer().save_pretrained(tmp_path / "tok")
     config = json.loads((folder / "config.json").read_text())
 
-    def rewrite(**changes) -> None:
+    def rewrite(**changes: object) -> None:
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
     rewrite(format=99)
