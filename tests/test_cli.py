@@ -241,7 +241,99 @@ def test_averaged_weights_are_validated_exported_and_loaded(tmp_path: Path) -> N
     assert torch.equal(checkpoint(tmp_path)["state_dict"]["net.0.weight"], own)
 
     for command in ("validate", "test", "predict"):
-        saved = tmp_path / "other" / "stage1" / "config.yaml"
+        again = run(tmp_path, command=command)
+        assert torch.equal(again.model.net[0].weight, average), command
+    assert not (tmp_path / ".export").exists()
+
+
+def test_evaluating_without_an_export_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, command="test")
+    assert stopped.value.code == 1
+    assert "run fit first" in capsys.readouterr().err
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, "--trainer.max_steps=1")
+    old = (tmp_path / "tokenizer" / "weights.pt").read_bytes()
+
+    def broken(self: Any, folder: Path) -> None:
+        (folder / "tokenizer").mkdir()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(TinyLit, "export", broken)
+    with pytest.raises(OSError, match="disk full"):
+        run(tmp_path, "--trainer.max_steps=2", "--resume=auto")
+    assert (tmp_path / "tokenizer" / "weights.pt").read_bytes() == old
+
+
+def test_a_finished_fit_that_resumes_still_leaves_its_export(tmp_path: Path) -> None:
+    run(tmp_path, "--trainer.max_steps=2")
+    (tmp_path / "tokenizer" / "weights.pt").unlink()
+    run(tmp_path, "--trainer.max_steps=2", "--resume=auto")
+    assert (tmp_path / "tokenizer" / "weights.pt").is_file()
+
+
+def test_a_non_finite_loss_stops_with_step_keys_and_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--trainer.max_steps=6", "--model.lr=1e7", "--nan_guard.every_n_steps=3")
+    error = capsys.readouterr().err
+    assert "not finite at step 1 (loss nan, pixel nan)" in error
+    assert f"key{TinyLit.seen[0][0]}" in error
+    assert len(TinyLit.seen) == 3  # looked at every third step, not at every one
+    assert not (tmp_path / "stage1" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_checkpoints_come_in_steps_and_hold_plain_objects(tmp_path: Path) -> None:
+    run(tmp_path, "--trainer.max_steps=5", "--checkpoint.every_n_steps=2", "--checkpoint.keep_every=2")
+    names = sorted(file.name for file in (tmp_path / "stage1" / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+    stored = checkpoint(tmp_path)
+    assert stored["hyper_parameters"]["width"] == 8
+    assert len(stored["random_states"]) == 1
+    assert all("_orig_mod" not in name for name in stored["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.widht=3"], "widht"),
+        (["--model.width=abc"], "abc"),
+        (["--trainer.precision=32-true"], "top-level option precision"),
+        (["--resume=nowhere.ckpt"], "nowhere.ckpt, which is no file"),
+        (["--resume=auto", "--overwrite=true"], "choose one"),
+    ],
+)
+def test_wrong_options_get_a_short_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *words)
+    error = capsys.readouterr().err
+    assert stopped.value.code in (1, 2) and expected in error
+    assert "All options" not in error or "python -m stage1_tokenizer fit --help" in error
+    assert error.count("\n") <= 2 and "usage:" not in error
+
+
+class OtherLit(TinyLit):
+    """A variant that trains differently: chosen by its class path in an overlay."""
+
+    def __init__(self, width: int = 8, lr: float = 1e-2, layer: dict[str, Any] | None = None, extra: int = 1) -> None:
+        super().__init__(width, lr, layer)
+        self.extra = extra
+
+
+def test_an_overlay_changes_the_class_and_keeps_the_arguments(tmp_path: Path) -> None:
+    base, overlay = tmp_path / "base.yaml", tmp_path / "overlay.yaml"
+    base.write_text(yaml.safe_dump({"model": {"width": 6, "lr": 0.1}}))
+    overlay.write_text(yaml.safe_dump({"model": {"class_path": f"{__name__}.OtherLit", "init_args": {"extra": 7}}}))
+    words = [f"--config={base}", "--trainer.max_steps=1"]
+    plain = run(tmp_path / "plain", *words)
+    other = run(tmp_path / "other", *words, f"--config={overlay}", "--model.lr=0.3")
+    assert type(plain.model) is TinyLit and (plain.model.hparams["width"], plain.model.lr) == (6, 0.1)
+    assert isinstance(other.model, OtherLit)
+    assert (other.model.extra, other.model.lr, other.model.net[0].out_features) == (7, 0.3, 6)
+    saved = tmp_path / "other" / "stage1" / "config.yaml"
     again = run(tmp_path, f"--config={saved}", f"--run_dir={tmp_path / 'again'}")
     assert isinstance(again.model, OtherLit) and again.model.extra == 7  # a saved config is a config
 
