@@ -23,7 +23,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.datasets import ImageSet, LatentSet, ShardDataset
+from data.datasets import FinishingLoader, ImageSet, LatentSet, ShardDataset
 from data.order import BatchOrder
 from data.schema import SPLITS, DataError, read_manifest, split_of
 from data.shards import ShardReader
@@ -175,14 +175,16 @@ class ShardDataModule(LightningDataModule):
         return BatchOrder(len(self.split(split)), batch_size, self.seed, shuffle, rank, world, drop_last)
 
     def _loader(self, split: str, order: BatchOrder) -> DataLoader[Any]:
-        return DataLoader(
+        loader = FinishingLoader(
             self.split(split),
             batch_size=None,  # the order yields whole batches
             sampler=order,
             num_workers=self.num_workers,
-            persistent_workers=False,
             pin_memory=torch.cuda.is_available(),
         )
+        if self.trainer is not None:
+            loader.device = self.trainer.strategy.root_device
+        return loader
 
 
 class ImageDataModule(ShardDataModule):

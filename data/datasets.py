@@ -16,7 +16,7 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from data.order import Batch
 from data.pictures import PictureError, open_picture
@@ -55,9 +55,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Return the decoded arrays of one sample, by field name."""
         raise NotImplementedError
 
-    def finish(self, batch: dict[str, Any], plan: Batch | None) -> dict[str, Any]:
-        """Turn stored tensors into those of the contract; `plan` is None outside training."""
-        return batch
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Turn stored tensors into those of the contract, on `device`. Runs in the process that uses the batch."""
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
 
     def load(self, samples: Iterable[int]) -> dict[str, Any]:
         """Return the stored fields of `samples`, stacked, decoded by several threads.
@@ -77,11 +80,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 "attributes": record.get("attributes") or {},
                 "labels": label_of(record, self.reader.read(sample, "cls")),
             }
-        first = self.arrays_of(chosen[0])
+        first = self.arrays_of(chosen[0])  # says the shapes
         stacked = {name: np.empty((len(chosen), *array.shape), array.dtype) for name, array in first.items()}
 
         def place(i: int) -> None:
-            for name, array in self.arrays_of(chosen[i]).items():
+            for name, array in (self.arrays_of(chosen[i]) if i else first).items():
                 stacked[name][i] = array
 
         run_all(place, len(chosen), self.sample_bytes())
@@ -98,12 +101,14 @@ class ShardDataset(Dataset[dict[str, Any]]):
     def first(self, limit: int | None) -> dict[str, Any]:
         """Return the first `limit` samples (None: all) as one batch."""
         count = len(self) if limit is None else min(limit, len(self))
-        return self.finish(self._stored(list(range(count))), None)
+        return self.finish(self.stored(list(range(count))), torch.device("cpu"))
 
     def __getitem__(self, plan: Batch) -> dict[str, Any]:
-        return self.finish(self._stored(list(plan.samples)), plan)
+        """Return a batch as it is stored, uint8 pictures: a fourth of the bytes to hand from process to process."""
+        return self.stored(list(plan.samples))
 
-    def _stored(self, samples: list[int]) -> dict[str, Any]:
+    def stored(self, samples: list[int]) -> dict[str, Any]:
+        """Return samples as they are stored, gathered from memory or read and decoded."""
         held = self._held
         if held is None:
             return self.load(samples)
@@ -140,15 +145,20 @@ class ImageSet(ShardDataset):
             "images": decode_image(self.reader.key(sample), self.reader.read(sample, member) or b"", self.image_size)
         }
 
-    def finish(self, batch: dict[str, Any], plan: Batch | None) -> dict[str, Any]:
-        images = to_unit_range(batch["images"])  # (B, 3, S, S)
-        if self.flip and plan is not None:
-            # One stream per global position, so that ranks and restarts mirror the same pictures.
-            generator = torch.Generator()
-            for i, sample in enumerate(plan.samples):
-                generator.manual_seed(((self.seed * 1_000_003 + plan.epoch) * 1_000_003 + sample) % 2**63)
-                images[i : i + 1] = flip_some(images[i : i + 1], self.flip, generator)
-        return {**batch, "images": images}
+    def __getitem__(self, plan: Batch) -> dict[str, Any]:
+        batch = super().__getitem__(plan)
+        if not self.flip:
+            return batch
+        images, generator = batch["images"], torch.Generator()
+        for i, sample in enumerate(plan.samples):
+            # A stream per sample and epoch, so that any rank and any restart mirrors the same pictures.
+            generator.manual_seed(((self.seed * 1_000_003 + plan.epoch) * 1_000_003 + sample) % 2**63)
+            images[i : i + 1] = flip_some(images[i : i + 1], self.flip, generator)
+        return batch
+
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        batch = super().finish(batch, device)
+        return {**batch, "images": to_unit_range(batch["images"])}
 
 
 class LatentSet(ShardDataset):
@@ -224,3 +234,14 @@ def run_all(work: Callable[[int], None], count: int, sample_bytes: int) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(work, range(count)):
             pass
+
+
+class FinishingLoader(DataLoader[dict[str, Any]]):
+    """Yields finished batches: pictures travel as uint8, from workers and to the device, and become floats there."""
+
+    device = torch.device("cpu")
+
+    def __iter__(self) -> Any:
+        assert isinstance(self.dataset, ShardDataset), "it is made by a ShardDataModule"
+        for batch in super().__iter__():
+            yield self.dataset.finish(batch, self.device)

@@ -8,6 +8,7 @@ walking the headers once (512 bytes per member), and then reads a member with on
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -51,9 +52,7 @@ class ShardWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._part, "wb")  # noqa: SIM115 - closed by __exit__
         for member, content in members.items():
-            info = tarfile.TarInfo(f"{key}.{member}")
-            info.size, info.mode = len(content), 0o644
-            self._append(info.tobuf(tarfile.USTAR_FORMAT))
+            self._append(tar_header(f"{key}.{member}", len(content)))
             self._append(content)
             self._append(b"\0" * (-len(content) % _BLOCK))
         self.count += 1
@@ -89,6 +88,30 @@ class ShardWriter:
         with contextlib.suppress(OSError):  # closing writes what is buffered, and there may be no room for it
             self._file.close()
         self._part.unlink(missing_ok=True)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """Return the header of a plain file: `tarfile`'s own for a file without time and owner, its template reused.
+
+    Only name, size and checksum differ between members, and `tarfile` takes a tenth of a millisecond for each header.
+    """
+    encoded = name.encode()
+    if len(encoded) > 99 or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    header = bytearray(_header_template())
+    header[: len(encoded)] = encoded
+    header[124:136] = b"%011o\0" % size
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
+    return bytes(header)
+
+
+@functools.cache
+def _header_template() -> bytes:
+    info = tarfile.TarInfo("")
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         for sample in pipeline if left else ():
             batch.append(sample)
             if len(batch) == self.batch_size:
-                together = collate(batch)
-                yield {**together, "images": to_unit_range(together["images"])}
+                yield collate(batch)
                 batch = []
                 left -= 1
                 if not left:
@@ -125,12 +124,13 @@ class Stream(IterableDataset[dict[str, Any]]):
 
 
 class StreamLoader(DataLoader[dict[str, Any]]):
-    """Gives every pass over a `Stream` its own epoch, also in workers, which start anew each time."""
+    """Gives every pass over a `Stream` its own epoch, also in workers, which start anew each time; finishes batches."""
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, Stream), "a StreamLoader is made by StreamDataModule"
         self.dataset.epoch += 1
-        return super().__iter__()
+        for batch in super().__iter__():
+            yield {**batch, "images": to_unit_range(batch["images"])}
 
 
 class StreamDataModule(LightningDataModule):
