@@ -20,7 +20,9 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stage1_tokenizer.captioner import PrefixCaptioner
 from stage1_tokenizer.layers import MATRIX, LayerNorm, Linears, linear, mark
+from stage1_tokenizer.order import keep_mask
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.vocabulary import END, PAD, CaptionVocabulary
 
@@ -84,6 +86,26 @@ class PrefixReader(Spec, nn.Module):
         return F.normalize(self.out(x).float(), dim=-1)  # (B,P,E)
 
 
+class QueryReader(Spec, nn.Module):
+    """Single latents to unit vectors: z (B,K,C) -> (B,P,E), entry p from latent `lengths[p]` alone, not its prefix.
+
+    The reader of two baselines: `lengths: [K]` is SEED's last causal query (Ge et al. 2023), all lengths with
+    `MaxOverQueries` is BLIP-2 (Li et al. 2023). Neither asks a short prefix for anything.
+    """
+
+    def __init__(self, num_latents: int, latent_dim: int, width: int = 256, embed_dim: int = 128):
+        super().__init__()
+        self.num_latents = num_latents
+        self.position = Linears(num_latents, latent_dim, width)
+        self.norm = LayerNorm(width)
+        self.out = linear(width, embed_dim)
+
+    def forward(self, z: Tensor, lengths: list[int]) -> Tensor:
+        at = torch.tensor([k - 1 for k in lengths], device=z.device)
+        x = self.norm(F.relu(self.position(z[:, : max(lengths)])[:, at].float()))  # (B,P,W)
+        return F.normalize(self.out(x).float(), dim=-1)  # (B,P,E)
+
+
 class SigmoidContrast(Spec, nn.Module):
     """Sigmoid contrastive loss (Zhai et al. 2023, "SigLIP", eq. 1) with repeated captions counted as pairs.
 
@@ -113,10 +135,30 @@ class SoftmaxContrast(Spec, nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
         logits = self.log_scale.exp().clamp(max=100.0) * torch.einsum("bpe,cpe->pbc", image, text)  # (P,B,B)
-        target = same / same.sum(-1, keepdim=True)
-        rows = -(target * logits.log_softmax(-1)).sum(-1)
-        columns = -(target * logits.log_softmax(-2)).sum(-2)
-        return 0.5 * (rows + columns).mean(-1)  # (P,)
+        return symmetric_cross_entropy(logits, same)  # (P,)
+
+
+class MaxOverQueries(Spec, nn.Module):
+    """BLIP-2's image-text contrast: the similarity of a picture and a caption is the best one over all queries.
+
+    forward as `SoftmaxContrast`, but all P entries of `image` compete and the result is (1,).
+    """
+
+    def __init__(self, temperature: float = 14.0):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
+        best = torch.einsum("bpe,ce->bpc", image, text[:, 0]).amax(1)  # (B,B)
+        return symmetric_cross_entropy(self.log_scale.exp().clamp(max=100.0) * best[None], same[:1])  # (1,)
+
+
+def symmetric_cross_entropy(logits: Tensor, same: Tensor) -> Tensor:
+    """logits (P,B,B), same (P,B,B) bool -> (P,): cross-entropy over rows and columns, true pairs share the target."""
+    target = same / same.sum(-1, keepdim=True)
+    rows = -(target * logits.log_softmax(-1)).sum(-1)
+    columns = -(target * logits.log_softmax(-2)).sum(-2)
+    return 0.5 * (rows + columns).mean(-1)
 
 
 class GradientBalance(nn.Module):
@@ -164,22 +206,27 @@ class PrefixText(Spec, nn.Module):
         lengths: prefix lengths in use; weights fall as 1 / (1 + log2 k).
         share: gradient that text sends into the latents, as a share of the pixels' (see `GradientBalance`).
         every: the loss is computed in every n-th step only, the cheapest way to spend less on it.
+        captioner: also a caption loss, which reads one random prefix of `lengths` per picture; None for none.
+        caption_weight: of the caption loss beside the contrastive one.
     """
 
     def __init__(
         self,
         tower: TextTower,
-        reader: PrefixReader,
-        contrast: SoftmaxContrast | SigmoidContrast,
+        reader: PrefixReader | QueryReader,
+        contrast: SoftmaxContrast | SigmoidContrast | MaxOverQueries,
         lengths: list[int],
         share: float = 0.1,
         every: int = 1,
+        captioner: PrefixCaptioner | None = None,
+        caption_weight: float = 0.5,
     ):
         super().__init__()
         if not lengths or min(lengths) < 1 or max(lengths) > reader.num_latents:
             raise ValueError(f"got lengths {lengths}, wanted prefix lengths within 1..{reader.num_latents}.")
         self.tower, self.reader, self.contrast = tower, reader, contrast
         self.lengths, self.every = sorted(lengths), every
+        self.captioner, self.caption_weight = captioner, caption_weight
         self.balance = GradientBalance(share)
         weights = torch.tensor([1 / (1 + math.log2(k)) for k in self.lengths])
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
@@ -193,5 +240,11 @@ class PrefixText(Spec, nn.Module):
         text = self.tower(ids)[:, None].expand(-1, len(self.lengths), -1)  # (B,P,E)
         image = self.reader(z, self.lengths)  # (B,P,E)
         same = (ids[:, None] == ids[None]).all(-1)  # (B,B)
-        each = self.contrast(image, text, same.expand(len(self.lengths), -1, -1))  # (P,)
-        return {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}
+        each = self.contrast(image, text, same.expand(len(self.lengths), -1, -1))  # (P,), or (1,) of all together
+        parts = {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}
+        if self.captioner is not None:
+            drawn = torch.multinomial(self.weights, len(z), replacement=True)  # (B,) short prefixes more often
+            k = torch.tensor(self.lengths, device=z.device)[drawn]
+            nats = self.captioner(z, keep_mask(k, z.shape[1]), ids)  # (B,L-1)
+            parts["caption"] = self.caption_weight * nats.sum() / (ids[:, 1:] != PAD).sum()
+        return parts

@@ -3,9 +3,18 @@
 import pytest
 import torch
 
-from stage1_tokenizer.text import GradientBalance, PrefixReader, SigmoidContrast, SoftmaxContrast
+from stage1_tokenizer.captioner import PrefixCaptioner
+from stage1_tokenizer.order import keep_mask
+from stage1_tokenizer.text import (
+    GradientBalance,
+    MaxOverQueries,
+    PrefixReader,
+    QueryReader,
+    SigmoidContrast,
+    SoftmaxContrast,
+)
 from stage1_tokenizer.vocabulary import END, START, UNKNOWN, CaptionVocabulary
-from tests.tiny import CAPTIONS
+from tests.tiny import CAPTIONS, awaken
 
 
 def fitted(rows: int = 64, length: int = 12) -> CaptionVocabulary:
@@ -85,3 +94,52 @@ def test_balance_bounds_the_second_gradient_whatever_its_loss_weight(scale: floa
         grads = torch.autograd.grad((first * direction).sum() + scale * (second**3).sum(), z)[0]
     text = grads - direction
     torch.testing.assert_close(text.norm(), 0.2 * direction.norm(), rtol=1e-4, atol=0)
+
+
+def test_captioner_is_causal_and_sees_visible_latents_only() -> None:
+    torch.manual_seed(0)
+    captioner = PrefixCaptioner(32, 8, 6, 4, 32, 2, 2)
+    awaken(captioner)
+    z, ids = torch.randn(3, 6, 4), torch.randint(4, 32, (3, 8))
+    keep = keep_mask(torch.tensor([2, 2, 2]), 6)
+    before = captioner.logits(z, keep, ids)
+    changed = ids.clone()
+    changed[:, 5] = (changed[:, 5] - 3) % 28 + 4
+    torch.testing.assert_close(captioner.logits(z, keep, changed)[:, :5], before[:, :5], atol=1e-5, rtol=0)
+    hidden, seen = z.clone(), z.clone()
+    hidden[:, 2:] += 3
+    seen[:, 1] += 3
+    torch.testing.assert_close(captioner.logits(hidden, keep, ids), before, atol=1e-5, rtol=0)
+    assert (captioner.logits(seen, keep, ids) - before).abs().max() > 1e-3
+    assert captioner(z, keep_mask(torch.zeros(3, dtype=torch.long), 6), ids).isfinite().all(), "an empty prefix too"
+
+
+def test_captioner_learns_to_say_what_the_first_latent_holds() -> None:
+    torch.manual_seed(0)
+    vocabulary = fitted()
+    captioner = PrefixCaptioner(64, 12, 6, 4, 32, 1, 2)
+    z, (ids, _) = torch.randn(4, 6, 4), vocabulary.encode(CAPTIONS)
+    keep = keep_mask(torch.ones(4, dtype=torch.long), 6)
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = captioner(z, keep, ids).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert vocabulary.decode(captioner.generate(z, keep)) == CAPTIONS
+    right, wrong = captioner.log_likelihood(z, keep, ids), captioner.log_likelihood(z.roll(1, 0), keep, ids)
+    assert right.shape == (4,) and (right > wrong + 1).all()
+
+
+def test_a_query_reader_reads_one_latent_and_the_best_query_counts() -> None:
+    torch.manual_seed(0)
+    reader = QueryReader(6, 4, 32, 16)
+    z = torch.randn(3, 6, 4)
+    changed = z.clone()
+    changed[:, :3] += 2
+    torch.testing.assert_close(reader(changed, [4]), reader(z, [4]))
+    text = torch.nn.functional.normalize(torch.randn(5, 1, 16), dim=-1)
+    image = torch.nn.functional.normalize(torch.randn(5, 3, 16), dim=-1)
+    image[:, 1] = text[:, 0]
+    same, best = torch.eye(5, dtype=torch.bool)[None], MaxOverQueries()
+    assert best(image, text, same) < best(image[:, [0, 2]], text, same)
