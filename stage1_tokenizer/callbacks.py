@@ -64,9 +64,9 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         step = trainer.global_step
         # The last batch of a fit is saved here and not at its end: by then Lightning has counted its epoch as finished.
-        last = (
-            trainer.should_stop or step == trainer.max_steps or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        )
+        last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        last_batch = last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        last = trainer.should_stop or step == trainer.max_steps or last_batch
         due = last or step // self.every_n_steps > self._saved_step // self.every_n_steps
         kept = self.keep_every is not None and step // self.keep_every > self._saved_step // self.keep_every
         if due or kept or self._interrupted:

@@ -117,7 +117,7 @@ class LitTokenizer(pl.LightningModule):
         critic = torch.optim.AdamW(self.adversarial.discriminator.parameters(), lr=self.lr, betas=(0.5, 0.9))
         return [optimizer, critic], [schedule]
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         step, images = self.global_step, batch["images"]
         parts, reconstruction = self.tokenizer.losses(images, self.caption_ids(batch), step)
         for extra in self.image_losses:
@@ -125,8 +125,9 @@ class LitTokenizer(pl.LightningModule):
         loss = self.tokenizer.total(parts) + sum(parts[type(extra).__name__] for extra in self.image_losses)
         if self.adversarial is not None:
             parts |= self.play(self.adversarial, loss, images, reconstruction, step)
-        self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()} | {"train/loss": loss.detach()})
-        return loss.detach() if self.adversarial is not None else loss
+        parts = {name: part.detach() for name, part in parts.items()}
+        self.log_dict({f"train/{name}": part for name, part in parts.items()} | {"train/loss": loss.detach()})
+        return {"loss": loss.detach() if self.adversarial is not None else loss, **parts}  # parts: for the NaN guard
 
     def play(
         self, game: AdversarialLoss, loss: Tensor, images: Tensor, reconstruction: Tensor, step: int

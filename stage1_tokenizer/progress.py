@@ -102,6 +102,8 @@ class StatusLine(ProgressBar):
 
     def _metrics(self, trainer: pl.Trainer) -> str:
         values = {k: v for k, v in trainer.progress_bar_metrics.items() if isinstance(v, int | float)}
+        if not values and "train/loss" in trainer.callback_metrics:
+            values = {"loss": trainer.callback_metrics["train/loss"].item()}
         return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
     # validate, test, predict

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from stage1_tokenizer.callbacks import RunCheckpoint
 from stage1_tokenizer.ema import EMAWeights
 from tests.tiny_run import TinyLit, checkpoint, fresh, run
 
@@ -87,3 +88,13 @@ def test_a_non_finite_loss_stops_with_step_keys_and_parts(tmp_path: Path, capsys
     assert f"key{TinyLit.seen[0][0]}" in error
     assert len(TinyLit.seen) == 3  # looked at every third step, not at every one
     assert not (tmp_path / "stage1" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_checkpoints_do_not_come_with_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(RunCheckpoint, "_save", lambda self, trainer, keep: saved.append(trainer.global_step))
+    run(tmp_path / "steps", "--trainer.max_steps=12")  # epochs of 5 batches
+    assert set(saved) == {12}
+    saved.clear()
+    run(tmp_path / "epochs", "--trainer.max_epochs=2")
+    assert set(saved) == {10}
