@@ -145,6 +145,15 @@ def test_steps_counts_evaluations_of_the_head(prior: CausalPrior, steps: int) ->
     assert len(calls) == steps * K
 
 
+def test_sampling_in_bfloat16_is_near_float32(prior: CausalPrior) -> None:
+    plain = prior.sample(CAPTIONS, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        z = prior.sample(CAPTIONS, generator=torch.Generator().manual_seed(1))
+        assert prior.backbone.new_cache(1, 4).keys[0].dtype == torch.bfloat16  # nothing is converted in every step
+    assert z.dtype == torch.float32
+    assert (z - plain).abs().mean() < 0.1 < plain.abs().mean()
+
+
 def test_temperature_zero_leaves_nothing_to_chance(prior: CausalPrior) -> None:
     z = [prior.sample(CAPTIONS, temperature=0.0, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
     assert torch.equal(*z)
