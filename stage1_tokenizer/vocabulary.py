@@ -87,10 +87,7 @@ class CaptionVocabulary(Spec, nn.Module):
             raise ValueError(
                 f"got captions of type {type(captions).__name__} with non-string entries, wanted list[str]."
             )
-        if not bool((self.id_of >= 0).any()):
-            raise ValueError("this vocabulary has no rows yet; call fit(captions) or load an exported folder first.")
-        length = self.context_length
-        table = self.table()
+        length, table = self.context_length, self.table()
         out = torch.full((len(captions), length), PAD, dtype=torch.long)
         for row, caption in enumerate(captions):
             ids = self.line(caption, table)
@@ -107,9 +104,13 @@ class CaptionVocabulary(Spec, nn.Module):
         return [START, *(table[t] for t in pairs[: self.context_length - 2]), END]
 
     def table(self) -> list[int]:
-        """`row_of` as a plain list, read once and again only after it changed."""
+        """`row_of` as a plain list, read from the device once and again only after it changed."""
         version = (self.row_of.data_ptr(), self.row_of._version)
         if getattr(self, "_table_version", None) != version:
+            if not bool((self.id_of >= 0).any()):
+                raise ValueError(
+                    "this vocabulary has no rows yet; call fit(captions) or load an exported folder first."
+                )
             self._table, self._table_version = self.row_of.tolist(), version
         return self._table
 
