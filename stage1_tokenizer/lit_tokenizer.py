@@ -39,6 +39,8 @@ class LitTokenizer(pl.LightningModule):
         baseline_metrics: metrics.json of the same run without text losses, to report what they cost; None for none.
         image_losses: losses between full-length reconstructions and pictures, besides the decoder's own.
         adversarial: a discriminator to play against; None for none.
+        accumulate: batches whose gradients make one step, with `adversarial`; without it the trainer's
+            accumulate_grad_batches does the same.
         init_from: exported tokenizer to start from (same encoder, bottleneck and text; a decoder of the same class
             too); None starts from random weights.
         freeze_encoder: train the decoder only, with `init_from`; latents, text and statistics stay as they are.
@@ -58,6 +60,7 @@ class LitTokenizer(pl.LightningModule):
         baseline_metrics: str | None = None,
         image_losses: list[ImageLoss] | None = None,
         adversarial: AdversarialLoss | None = None,
+        accumulate: int = 1,
         init_from: str | None = None,
         freeze_encoder: bool = False,
     ):
@@ -69,6 +72,12 @@ class LitTokenizer(pl.LightningModule):
         self.baseline_metrics = baseline_metrics
         self.image_losses, self.adversarial = nn.ModuleList(image_losses or []), adversarial
         self.automatic_optimization = adversarial is None  # two optimisers take turns: see training_step
+        if accumulate < 1 or (accumulate > 1 and adversarial is None):
+            raise ValueError(
+                f"got accumulate {accumulate}; wanted at least 1, and without `adversarial` set "
+                "trainer.accumulate_grad_batches instead."
+            )
+        self.accumulate = accumulate
         self.init_from, self.freeze_encoder = init_from, freeze_encoder
         if freeze_encoder:
             if init_from is None:
@@ -124,33 +133,38 @@ class LitTokenizer(pl.LightningModule):
             parts[type(extra).__name__] = extra(reconstruction, images).mean()
         loss = self.tokenizer.total(parts) + sum(parts[type(extra).__name__] for extra in self.image_losses)
         if self.adversarial is not None:
-            parts |= self.play(self.adversarial, loss, images, reconstruction, step)
+            parts |= self.play(self.adversarial, loss, images, reconstruction, step, batch_idx)
         parts = {name: part.detach() for name, part in parts.items()}
         self.log_dict({f"train/{name}": part for name, part in parts.items()} | {"train/loss": loss.detach()})
         return {"loss": loss.detach() if self.adversarial is not None else loss, **parts}  # parts: for the NaN guard
 
     def play(
-        self, game: AdversarialLoss, loss: Tensor, images: Tensor, reconstruction: Tensor, step: int
+        self, game: AdversarialLoss, loss: Tensor, images: Tensor, reconstruction: Tensor, step: int, batch_idx: int
     ) -> dict[str, Tensor]:
-        """One step of the tokenizer and one of the discriminator, by hand.
+        """One batch of the tokenizer and of the discriminator, by hand; both step after every `accumulate` batches.
 
-        Only the tokenizer's goes through Lightning's wrapper: `global_step` counts wrapped steps, and so must count
-        this step once. Both optimisers are in the checkpoint.
+        Only the tokenizer's step goes through Lightning's wrapper: `global_step` counts wrapped steps, and so counts
+        this one once. Both optimisers are in the checkpoint; both clip the norm of their gradients.
         """
         optimizer, critic = self.optimizers()  # type: ignore[misc]
+        first, last = batch_idx % self.accumulate == 0, (batch_idx + 1) % self.accumulate == 0
+        if first:
+            optimizer.zero_grad()
+            critic.zero_grad()
         parts = {}
         if game.active(step):
             parts["generator"] = game.generator(reconstruction, loss, self.tokenizer.decoder.last_weight)
             loss = loss + parts["generator"]
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.manual_backward(loss / self.accumulate)
+        if last:
+            optimizer.step()
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         if game.active(step):
             parts["discriminator"], means = game.discriminate(images, reconstruction)
-            critic.zero_grad()
-            self.manual_backward(parts["discriminator"])
-            critic.optimizer.step()
+            self.manual_backward(parts["discriminator"] / self.accumulate)
+            if last:
+                nn.utils.clip_grad_norm_(game.discriminator.parameters(), 1.0)
+                critic.optimizer.step()
             game.track(means)
             parts |= means
         return parts
