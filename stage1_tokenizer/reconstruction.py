@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from stage1_tokenizer import reconstruction_page
@@ -31,20 +31,14 @@ from stage1_tokenizer.frechet import (
     inception_features,
     precision_recall,
 )
-from stage1_tokenizer.metrics import PairMetric, Skipped, latent_use, lpips_metric, psnr, retrieval, ssim
+from stage1_tokenizer.metrics import PairMetric, Skipped, latent_use, lpips_metric, psnr, ssim
 from stage1_tokenizer.pca import PCA
-from stage1_tokenizer.probes import (
-    class_prompts,
-    embed_captions,
-    embed_prefixes,
-    linear_probe,
-    nearest_captions,
-    zero_shot,
-)
+from stage1_tokenizer.probes import linear_probe
+from stage1_tokenizer.reconstruction_text import text_metrics
 from stage1_tokenizer.report import provenance
+from stage1_tokenizer.tokenizer import Tokenizer
 
 PCA_BYTES = 2**30  # training pictures that PCA is fitted on, as float32
-RETRIEVAL_CAPTIONS = 1000
 NEIGHBOUR_PICTURES = 2000  # precision and recall compare all pairs
 GRID_PICTURES = 8
 
@@ -53,22 +47,6 @@ class ReportData(PictureData, Protocol):
     """The data module as this report uses it."""
 
     def test_dataloader(self) -> Iterable[dict[str, Any]]: ...
-
-
-class ReportTokenizer(Protocol):
-    """The tokenizer as this report uses it; see `stage1_tokenizer.tokenizer.Tokenizer`."""
-
-    num_latents: int
-    latent_dim: int
-    text: Any
-
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
-
-    def embed_text(self, captions: list[str]) -> Tensor: ...
-
-    def embed_latents(self, z: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -108,7 +86,7 @@ def prefix_lengths(num_latents: int) -> list[int]:
 @torch.inference_mode(False)  # Lightning tests in inference mode, where neither classifier nor probes could be trained
 @torch.enable_grad()
 def reconstruction_report(
-    tokenizer: ReportTokenizer,
+    tokenizer: Tokenizer,
     datamodule: ReportData,
     out_dir: str | Path,
     run_dir: str | Path,
@@ -134,7 +112,7 @@ def reconstruction_report(
     Returns:
         The content of metrics.json; entries by prefix length are dictionaries {k: value}.
     """
-    device = next(tokenizer.parameters()).device if isinstance(tokenizer, nn.Module) else torch.device("cpu")
+    device = tokenizer.latent_mean.device
     lengths = prefix_lengths(tokenizer.num_latents)
     channels = tokenizer.latent_dim
     skipped: list[Skipped] = []
@@ -180,7 +158,7 @@ def reconstruction_report(
     elif not all(held_out["captions"]):
         skipped.append(Skipped("retrieval", "held-out pictures have no captions", "prepare data with captions"))
     else:
-        metrics |= _text_metrics(tokenizer, held_out, train, lengths, device)
+        metrics |= text_metrics(tokenizer, held_out, train, lengths)
     if baseline is not None:
         metrics["baseline"] = _compare(baseline, metrics["psnr"])
     metrics["skipped"] = [vars(item) for item in skipped]
@@ -218,7 +196,7 @@ def _fit_pca(datamodule: ReportData, train: dict[str, Any], num_floats: int, see
 
 @torch.inference_mode()
 def _measure(
-    tokenizer: ReportTokenizer,
+    tokenizer: Tokenizer,
     pca: PCA,
     datamodule: ReportData,
     lengths: Sequence[int],
@@ -261,7 +239,7 @@ def _measure(
 
 
 @torch.inference_mode()
-def _encode(tokenizer: ReportTokenizer, images: Tensor, device: torch.device) -> Tensor:
+def _encode(tokenizer: Tokenizer, images: Tensor, device: torch.device) -> Tensor:
     return torch.cat([tokenizer.posterior(part.to(device))[0].cpu() for part in images.split(500)])
 
 
@@ -347,42 +325,3 @@ def _probe(
             accuracy = linear_probe(x, train_y, test_x, test_y, classifier.slots.sizes)
             result[label][k] = accuracy[:-1].mean().item()
     return result
-
-
-def _text_metrics(
-    tokenizer: ReportTokenizer,
-    held_out: dict[str, Any],
-    train: dict[str, Any],
-    lengths: Sequence[int],
-    device: torch.device,
-) -> dict[str, Any]:
-    """Retrieval of every kind of caption by prefix, and zero-shot classes where pictures have labels."""
-    captions = held_out["captions"][:RETRIEVAL_CAPTIONS]
-    prefixes = embed_prefixes(tokenizer, held_out["z"].to(device), lengths)
-    few = {k: vectors[: len(captions)] for k, vectors in prefixes.items()}
-    kinds = min(len(texts) for texts in captions)
-    names = ["short", "medium", "long"] if kinds == 3 and any(held_out["attributes"]) else _numbered(kinds)
-    result: dict[str, Any] = {"n": len(captions)}
-    for index, name in enumerate(names):
-        of_kind = [texts[index] for texts in captions]
-        text = embed_captions(tokenizer, of_kind)
-        by_k = {k: retrieval(vectors, text, of_kind, of_kind) for k, vectors in few.items()}
-        first = by_k[lengths[0]]
-        result[name] = {
-            "distinct": len({texts[index] for texts in captions}),
-            "chance": first.chance,
-            "recall": {k: found.recall for k, found in by_k.items()},
-            "bits": {k: found.bits for k, found in by_k.items()},
-            "most_bits": first.most_bits,
-        }
-    nearest = nearest_captions(few, text, of_kind, GRID_PICTURES)  # of the last kind, the longest caption of scenes
-    examples = [{"caption": true, "nearest": found} for true, found in zip(of_kind, nearest, strict=False)]
-    metrics: dict[str, Any] = {"retrieval": result, "captions_read": examples}
-    if int(train["labels"].min()) >= 0:
-        prompts = class_prompts(train["captions"], train["labels"].tolist())
-        metrics["zero_shot"] = zero_shot(tokenizer, prefixes, held_out["labels"], prompts)
-    return metrics
-
-
-def _numbered(kinds: int) -> list[str]:
-    return ["caption"] if kinds == 1 else [f"caption {i}" for i in range(1, kinds + 1)]

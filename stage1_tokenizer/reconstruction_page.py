@@ -37,7 +37,7 @@ def page(metrics: Mapping[str, Any], pictures: Mapping[str, Any], skipped: Seque
         _classifier_table(report, metrics["classifier"], lengths)
     if "retrieval" in metrics:
         _retrieval_table(report, metrics["retrieval"], lengths)
-        _captions_table(report, metrics["captions_read"], lengths)
+        _captions_table(report, metrics, lengths)
     _latent_table(report, metrics["latents"])
     return report.skipped(skipped).provenance(metrics["provenance"])
 
@@ -277,12 +277,25 @@ def _retrieval_table(report: Report, found: Mapping[str, Any], lengths: Sequence
     )
 
 
-def _captions_table(report: Report, examples: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> None:
-    shown = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
+def _captions_table(report: Report, metrics: Mapping[str, Any], lengths: Sequence[int]) -> None:
+    """Captions near to prefixes of a few pictures and, with a captioner, its likelihoods and its own captions."""
+    examples, shown = metrics["captions_read"], sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
     rows = [[item["caption"], *(item["nearest"][k] for k in shown)] for item in examples]
     columns = ["caption of the picture", *(f"nearest to k = {k}" for k in shown)]
     note = "The pictures are those of the grid above; the nearest of the held-out captions to the first k latents."
     report.table("What a prefix says", columns, rows, note)
+    if "caption_bits" not in metrics:
+        return
+    rows = [[item["caption"], *(item["written"][k] for k in shown)] for item in examples]
+    report.table("Captions written from a prefix", ["caption of the picture", *(f"k = {k}" for k in shown)], rows)
+    bits = metrics["caption_bits"]
+    report.table(
+        "Likelihood of the true caption",
+        ["bits per caption", "no picture", *(f"k = {k}" for k in lengths)],
+        [[kind, *(f"{by_k[k]:.1f}" for k in (0, *lengths))] for kind, by_k in bits.items()],
+        "Mean -log2 p(caption | first k latents) of the tokenizer's caption decoder; what it saves against no picture "
+        "is what the prefix tells.",
+    )
 
 
 def _latent_table(report: Report, latents: Mapping[str, Any]) -> None:

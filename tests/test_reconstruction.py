@@ -11,10 +11,15 @@ import pytest
 import torch
 
 from data.scenes import Scenes, captions_of
+from stage1_tokenizer.captioner import PrefixCaptioner
 from stage1_tokenizer.classifier import AttributeClassifier, Budget, report_classifier
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.reconstruction import prefix_lengths, reconstruction_report
+from stage1_tokenizer.reconstruction_text import caption_bits
+from stage1_tokenizer.text import PrefixReader, PrefixText, SoftmaxContrast, TextTower
+from stage1_tokenizer.tokenizer import Tokenizer
+from stage1_tokenizer.vocabulary import CaptionVocabulary
 
 
 class FakeData:
@@ -43,16 +48,17 @@ class FakeData:
             yield {name: values[start : start + 10] for name, values in val.items()}
 
 
-class LinearTokenizer:
+class LinearTokenizer(Tokenizer):
     """PCA as a tokenizer of 4 latents of 8 floats; a caption's embedding is a hash, so retrieval is at chance."""
 
-    num_latents, latent_dim, image_size = 4, 8, 16
+    pca: PCA
 
-    def __init__(self, images: torch.Tensor, text: object | None = None) -> None:
-        self.pca = PCA.fit(images, 32, torch.Generator().manual_seed(0))
-        self.text = text
+    def __init__(self, text: PrefixText | None = None) -> None:
+        torch.nn.Module.__init__(self)
+        self.num_latents, self.latent_dim, self.image_size, self.text = 4, 8, 16, text
+        self.latent_mean, self.latent_scale = torch.zeros(4, 8), torch.ones(4, 8)
 
-    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def posterior(self, images: torch.Tensor, k: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         z = self.pca.encode(images).unflatten(1, (4, 8))
         return z, torch.full_like(z, 0.1)
 
@@ -65,6 +71,20 @@ class LinearTokenizer:
 
     def embed_latents(self, z: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(z.flatten(1)[:, :6], dim=1)
+
+
+def linear_tokenizer(data: FakeData, text: PrefixText | None = None) -> LinearTokenizer:
+    tokenizer = LinearTokenizer(text)
+    tokenizer.pca = PCA.fit(data.splits["train"]["images"], 32, torch.Generator().manual_seed(0))
+    return tokenizer
+
+
+def text_part(captioner: PrefixCaptioner | None = None) -> PrefixText:
+    """The text part of `LinearTokenizer`, whose vocabulary has the words of scenes."""
+    vocabulary = CaptionVocabulary(64, 24)
+    vocabulary.fit(caption for scene in Scenes(50).draw(np.arange(50))[0] for caption in captions_of(scene))
+    tower, reader = TextTower(vocabulary, 16, 1, 2, 16), PrefixReader(4, 8, 16, 16)
+    return PrefixText(tower, reader, SoftmaxContrast(), [1, 4], captioner=captioner)
 
 
 class References(HTMLParser):
@@ -85,7 +105,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
     folder = tmp_path_factory.mktemp("run")
     data = FakeData(folder)
     _keep_untrained_classifier(data, folder)
-    tokenizer = LinearTokenizer(data.splits["train"]["images"], text=object())
+    tokenizer = linear_tokenizer(data, text_part())
     with torch.inference_mode():  # as Lightning tests
         metrics = reconstruction_report(tokenizer, data, folder / "reconstruction", folder, probe_images=60)
     return metrics, folder, data
@@ -145,7 +165,7 @@ def test_classifier_is_trained_once_per_run(
 def test_cost_of_text_against_a_baseline(made: tuple[dict[str, Any], Path, FakeData], tmp_path: Path) -> None:
     metrics, folder, data = made
     baseline = {"psnr": {str(k): value + 1.5 for k, value in metrics["psnr"].items()}}
-    tokenizer = LinearTokenizer(data.splits["train"]["images"])
+    tokenizer = linear_tokenizer(data)
     again = reconstruction_report(tokenizer, data, tmp_path / "out", folder, probe_images=40, baseline=baseline)
     assert again["baseline"]["cost"] == pytest.approx(dict.fromkeys(metrics["psnr"], 1.5), abs=1e-4)
     assert "retrieval" not in again and "retrieval" in {item["name"] for item in again["skipped"]}
@@ -157,7 +177,28 @@ def test_captions_alone_are_enough(tmp_path: Path) -> None:
     data = FakeData(tmp_path, train=50, val=12)
     for split in data.splits.values():
         split["attributes"] = [{} for _ in split["attributes"]]
-    tokenizer = LinearTokenizer(data.splits["train"]["images"], text=object())
+    tokenizer = linear_tokenizer(data, text_part())
     metrics = reconstruction_report(tokenizer, data, tmp_path / "out", tmp_path, limit=10)
     assert metrics["num_images"] == 10 and "classifier" not in metrics
     assert "frechet[random-conv-s0]" in metrics and "caption 3" in metrics["retrieval"]
+
+
+def test_a_captioner_is_asked_for_the_caption(tmp_path: Path, made: tuple[dict[str, Any], Path, FakeData]) -> None:
+    _, folder, data = made
+    torch.manual_seed(0)
+    text = text_part(PrefixCaptioner(64, 24, 4, 8, 32, 1, 2)).eval()
+    tokenizer = linear_tokenizer(data, text)
+    metrics = reconstruction_report(tokenizer, data, tmp_path / "out", folder, limit=12, probe_images=40)
+    assert list(metrics["caption_bits"]) == ["short", "medium", "long"]
+    assert list(metrics["caption_bits"]["long"]) == [0, 1, 2, 4] and len(metrics["captions_read"][0]["written"]) == 3
+    assert "Likelihood of the true caption" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_caption_bits_of_a_captioner_that_knows_nothing() -> None:
+    text = text_part(PrefixCaptioner(64, 24, 4, 8, 32, 1, 2)).eval()
+    assert text.captioner is not None
+    torch.nn.init.zeros_(text.captioner.out.weight)
+    torch.nn.init.zeros_(text.captioner.out.bias)
+    bits = caption_bits(text, torch.randn(2, 4, 8), ["a red circle", "a red circle and a blue star"], [1, 4])
+    tokens = (4 + 8) / 2  # words and the end
+    assert bits == pytest.approx(dict.fromkeys((0, 1, 4), tokens * 6), abs=1e-4)  # of 64 rows: 6 bits each
