@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from data.__main__ import main as data_main
 from stage1_tokenizer.cli import run_cli
@@ -14,6 +16,7 @@ from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.lit_prior import LitPrior
 from stage2_prior.prior import Prior
 from stage2_prior.prior_data import PriorDataModule
+from tests.tiny import tiny_tokenizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(p.stem for p in (CONFIGS / "stage1").glob("*.yaml"))
@@ -120,3 +123,23 @@ def test_both_stages_of_a_config_run(name: str, tmp_path: Path) -> None:
     prior.check(tokenizer)
     images = tokenizer.decode(prior.sample(["a red circle", "a blue square"], steps=2))
     assert images.shape == (2, 3, size, size) and images.isfinite().all()
+
+
+def test_a_resumed_fit_ends_with_the_same_weights_as_an_undisturbed_one(demo: Path, tmp_path: Path) -> None:
+    config = f"--config={CONFIGS / 'stage1' / 'demo.yaml'}"
+    own = [f"--data.data_dir={demo / 'data'}", "--model.statistics_images=16", *SHRUNK, "--trainer.max_steps=4"]
+    keep = ["--checkpoint.every_n_steps=2", "--checkpoint.keep_every=2"]
+    stage1("fit", config, f"--run_dir={tmp_path / 'whole'}", *own, *keep)
+    (middle,) = [p for p in (tmp_path / "whole" / "stage1" / "checkpoints").glob("*.ckpt") if "2" in p.stem]
+    stage1("fit", config, f"--run_dir={tmp_path / 'resumed'}", *own, f"--resume={middle}")
+    whole, resumed = (load_file(tmp_path / name / "tokenizer" / "model.safetensors") for name in ("whole", "resumed"))
+    different = [name for name in whole if not torch.equal(whole[name], resumed[name])]
+    assert not different
+
+
+def test_a_decoder_is_not_trained_on_random_or_other_latents(demo: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(demo / "tokenizer")
+    with pytest.raises(ValueError, match="freeze_encoder without init_from"):
+        LitTokenizer(tokenizer, freeze_encoder=True)
+    with pytest.raises(ValueError, match="the encoder of this config differs"):
+        tokenizer.start_from(tiny_tokenizer())
