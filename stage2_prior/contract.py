@@ -10,7 +10,7 @@ Letters: B batch, K latents, C latent channels, L caption tokens.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,26 @@ class PriorError(ValueError):
     """Latents, captions or options that this prior cannot work with."""
 
 
+@runtime_checkable
 class LatentSpace(Protocol):
-    """What a prior asks of a tokenizer."""
+    """What a prior and its report ask of a tokenizer: identity, and latents back to pictures."""
 
     num_latents: int
     latent_dim: int
+    image_size: int
 
     @property
     def fingerprint(self) -> str: ...
+
+    def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+def load_space(path: str | Path, device: torch.device | str = "cpu") -> LatentSpace:
+    """The exported tokenizer in a folder, learned or of raw patches. Errors as `Tokenizer.from_pretrained`."""
+    module = load_module(nn.Module, path).to(device)
+    if not isinstance(module, LatentSpace):
+        raise PriorError(f"{path} holds a {type(module).__name__}, wanted a tokenizer; name the folder that it is in.")
+    return module
 
 
 class Text(NamedTuple):

@@ -23,13 +23,12 @@ import torch
 from torch import Tensor
 
 from data.datamodule import ImageDataModule
-from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.classifier import Classifier, report_classifier
 from stage1_tokenizer.frechet import RandomConvFeatures, frechet_distance, precision_recall
 from stage1_tokenizer.precision import matmul_dtype
 from stage1_tokenizer.report import Figure, Report, provenance
+from stage2_prior.contract import LatentSpace, Prior
 from stage2_prior.heads import FlowHead
-from stage2_prior.prior import Prior
 from stage2_prior.prior_data import PriorDataModule, longest
 
 
@@ -73,12 +72,13 @@ class GenerationReport:
         self.guidance, self.steps, self.num_captions, self.batch_size = guidance, steps, num_captions, batch_size
         self.images_dir, self.nll_lines, self.seed = images_dir, nll_lines, seed
 
-    def write(self, prior: Prior, tokenizer: Tokenizer, data: PriorDataModule, run_dir: Path) -> Path:
+    def write(self, prior: Prior, tokenizer: LatentSpace, data: PriorDataModule, run_dir: Path) -> Path:
         """Measure, and write run_dir/generation; returns the page's path."""
-        with torch.inference_mode(False):  # Lightning tests in inference mode; the classifier has to be trained
+        # Lightning tests in inference mode, in which the classifier could not be trained.
+        with torch.inference_mode(False), torch.no_grad():
             return self.measure(prior.eval(), tokenizer, data, run_dir)
 
-    def measure(self, prior: Prior, tokenizer: Tokenizer, data: PriorDataModule, run_dir: Path) -> Path:
+    def measure(self, prior: Prior, tokenizer: LatentSpace, data: PriorDataModule, run_dir: Path) -> Path:
         images = ImageDataModule(self.images_dir or str(run_dir / "data"), image_size=tokenizer.image_size)
         held = data.arrays("val", self.num_captions)
         real = images.arrays("val", len(held["keys"]))
@@ -95,14 +95,15 @@ class GenerationReport:
 
         metrics: dict[str, Any] = {"captions": len(captions), "features": extractor.feature_name, "seed": self.seed}
         metrics["latents"] = self.spread(samples, held)
-        metrics["distances"] = self.distances(tokenizer, extractor, samples, held, real, images)
+        parts = held["latents"].to(device_of(prior)).split(self.batch_size)
+        recon = torch.cat([tokenizer.decode(z).cpu() for z in parts])
+        metrics["distances"] = self.distances(extractor, samples, recon, real, images)
         if classifier is not None:
             groups = caption_groups(classifier, images, real)
             metrics["faithfulness"] = {
                 str(w): faithfulness(classifier, s.images, real, groups) for w, s in samples.items()
             }
             metrics["faithfulness"]["real"] = faithfulness(classifier, real["images"], real, groups)
-            recon = tokenizer.decode(held["latents"].to(device_of(prior))).cpu()
             metrics["faithfulness"]["reconstruction"] = faithfulness(classifier, recon, real, groups)
             metrics["group_sizes"] = {name: int(rows.sum()) for name, rows in groups.items()}
         metrics["cost"] = self.cost(prior, tokenizer, captions)
@@ -113,7 +114,7 @@ class GenerationReport:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def sample(self, prior: Prior, tokenizer: Tokenizer, captions: list[str], guidance: float) -> Samples:
+    def sample(self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float) -> Samples:
         """Latents and pictures of all captions; matrix products in bfloat16 where that is fast."""
         device = device_of(prior)
         generator = torch.Generator(device=device).manual_seed(self.seed)
@@ -146,10 +147,9 @@ class GenerationReport:
 
     def distances(
         self,
-        tokenizer: Tokenizer,
         extractor: Any,
         samples: dict[float, Samples],
-        held: dict[str, Any],
+        recon: Tensor,
         real: dict[str, Any],
         images: ImageDataModule,
     ) -> dict[str, Any]:
@@ -160,8 +160,6 @@ class GenerationReport:
             return torch.cat([extractor.features(part) for part in pictures.split(self.batch_size)])
 
         reference = features(real["images"])
-        device = tokenizer.latent_mean.device
-        recon = torch.cat([tokenizer.decode(z.to(device)).cpu() for z in held["latents"].split(self.batch_size)])
         others = images.arrays("train", n)["images"]
         out: dict[str, Any] = {
             "n": n,
@@ -177,7 +175,7 @@ class GenerationReport:
             out["precision_recall"][str(w)] = precision_recall(reference, drawn)
         return out
 
-    def cost(self, prior: Prior, tokenizer: Tokenizer, captions: list[str]) -> dict[str, Any]:
+    def cost(self, prior: Prior, tokenizer: LatentSpace, captions: list[str]) -> dict[str, Any]:
         """Pictures per second of one warm call of `batch_size` captions, guidance on, decoding included."""
         chosen = (captions * (self.batch_size // len(captions) + 1))[: self.batch_size]
         seconds = min(self.sample(prior, tokenizer, chosen, self.guidance).seconds for _ in range(2))
@@ -191,7 +189,7 @@ class GenerationReport:
             "device": device_of(prior).type,
         }
 
-    def diversity(self, prior: Prior, tokenizer: Tokenizer, captions: list[str]) -> tuple[dict[str, float], Tensor]:
+    def diversity(self, prior: Prior, tokenizer: LatentSpace, captions: list[str]) -> tuple[dict[str, float], Tensor]:
         """8 pictures of each of 8 captions: how far two seeds are apart, and the pictures (8,8,3,H,W)."""
         chosen = list(dict.fromkeys(captions))[:8]
         drawn = self.sample(prior, tokenizer, [c for c in chosen for _ in range(8)], self.guidance).images

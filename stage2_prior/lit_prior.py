@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage2_prior.contract import LatentSpace, Prior, PriorError, Text, load_space
 from stage2_prior.generation import GenerationReport
-from stage2_prior.prior import Prior, PriorError, Text
 from stage2_prior.prior_data import PriorDataModule, longest
 
 
@@ -61,7 +60,7 @@ class LitPrior(pl.LightningModule):
         self.guidance, self.steps, self.temperature = guidance, steps, temperature
         self.tokenizer_dir, self.report = tokenizer_dir, report or GenerationReport()
         self.run_dir, self.stage_dir = Path("."), Path(".")  # given by the command line
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer: LatentSpace | None = None
 
     @property
     def networks(self) -> nn.Module:
@@ -104,7 +103,7 @@ class LitPrior(pl.LightningModule):
             if left_out:
                 print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
         if stage in ("test", "predict"):
-            self.tokenizer = Tokenizer.from_pretrained(self.tokenizer_dir or self.run_dir / "tokenizer").to(self.device)
+            self.tokenizer = load_space(self.tokenizer_dir or self.run_dir / "tokenizer", self.device)
             self.prior.check(self.tokenizer)
 
     def configure_optimizers(self) -> Any:

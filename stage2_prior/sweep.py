@@ -14,11 +14,10 @@ import torch
 
 from data.datamodule import ImageDataModule
 from data.schema import DataError
-from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.classifier import report_classifier
 from stage1_tokenizer.frechet import RandomConvFeatures, frechet_distance
 from stage1_tokenizer.report import Report, provenance
-from stage2_prior.contract import Prior
+from stage2_prior.contract import Prior, load_space
 from stage2_prior.generation import GenerationReport, caption_groups, faithfulness
 from stage2_prior.prior_data import PriorDataModule, longest
 
@@ -27,7 +26,7 @@ def sweep(
     run_dir: Path, guidances: list[float], steps: list[int], num_captions: int, batch_size: int, seed: int = 0
 ) -> Path:
     """Sample every combination and write run_dir/sweep; returns the page's path. Errors as `Prior.sample`."""
-    prior, tokenizer = Prior.from_pretrained(run_dir / "prior"), Tokenizer.from_pretrained(run_dir / "tokenizer")
+    prior, tokenizer = Prior.from_pretrained(run_dir / "prior"), load_space(run_dir / "tokenizer")
     prior.check(tokenizer)
     for n in steps:
         prior.evaluations(n)  # refuses what its solver cannot do before anything is sampled

@@ -1,9 +1,9 @@
 """`python -m tests.benchmarks.bench_prior`: what a sample costs with our head and with the head of MAR, in one run.
 
-A 100-million-parameter causal prior with the head of MAR-B (6 blocks of 1,024), 32 latents of 16 floats, batch 8, guided:
-midpoint x 4 with that head hoisted, against its 100 ancestral steps with full adaLN. The slow one may be timed on its
-first few latents and scaled (`--latents`): every latent costs the same there. CPU time of the process is printed beside
-wall time, because a shared machine stretches only the latter. Head FLOPs are counted, not estimated.
+A 100-million-parameter causal prior with the head of MAR-B (6 blocks of 1,024), 32 latents of 16 floats, batch 8,
+guided: midpoint x 4 with that head hoisted, against 100 ancestral steps with full adaLN. The slow one may be timed on
+its first few latents and scaled (`--latents`): every latent costs the same there. CPU time of the process is printed
+beside wall time, because a shared machine stretches only the latter. Head FLOPs are counted, not estimated.
 """
 
 import argparse
