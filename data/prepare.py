@@ -229,11 +229,12 @@ def _make_picture(sample: Sample, config: PrepareConfig) -> tuple[str, bytes, tu
         if config.resize == "no" or (config.resize == "center_crop" and original == (config.size, config.size)):
             picture = to_rgb(header)
             return drawn, encode(picture, drawn, config.quality), original, original, hashed(picture)
-        from data.resize import as_picture, pixels_of, resize  # torch, only where it is needed
+        from data.resize import as_picture, encode_pixels, pixels_of, resize  # torch, only where it is needed
 
-        pixels = pixels_of(data, header, config.size, config.resize)
-        picture = as_picture(resize(pixels, config.size, config.resize))
-        return drawn, encode(picture, drawn, config.quality), picture.size, original, hashed(picture)
+        pixels = resize(pixels_of(data, header, config.size, config.resize), config.size, config.resize)
+        content = encode_pixels(pixels, drawn, config.quality)
+        code = hashed(as_picture(pixels)) if hashed is picture_hash else b""
+        return drawn, content, (pixels.shape[2], pixels.shape[1]), original, code
     except DataError:
         raise
     except Exception as error:  # decoders raise many kinds on hostile bytes; all mean the same here

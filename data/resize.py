@@ -1,4 +1,4 @@
-"""Decode to pixels, resize and crop, for `prepare` and for reading: the steps whose speed counts.
+"""Decode to pixels, resize, crop and encode, for `prepare` and for reading: the steps whose speed counts.
 
 A photograph costs 2.8 ms with PIL: 0.9 decoding, 1.6 bicubic resizing, 0.3 encoding. Here the crop comes before the
 resize, and torch resizes uint8 with vector instructions, in a fourth of the time (antialiased bicubic as PIL's: the two
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from data.pictures import ORIENTATION, to_rgb
+from data.pictures import ORIENTATION, encode, to_rgb
 from data.schema import DataError
 
 RESIZE_MODES = ("center_crop", "keep_ratio", "budget", "no")
@@ -88,6 +88,13 @@ def resize(pixels: Tensor, size: int, mode: str = "center_crop") -> Tensor:
     # Interleaved colours are what torch's vector code wants, and what the codecs give and take.
     kept = kept[None].contiguous(memory_format=torch.channels_last)
     return F.interpolate(kept, target[::-1], mode="bicubic", antialias=True)[0]
+
+
+def encode_pixels(pixels: Tensor, member: str, quality: int) -> bytes:
+    """Return `pixels` (3, H, W) uint8 as the bytes of a "jpg", "webp" or "png"."""
+    if member == "jpg":  # the same bytes as PIL's but for the header, without its two copies
+        return bytes(encode_jpeg(pixels, quality).numpy())
+    return encode(as_picture(pixels), member, quality)
 
 
 def as_picture(pixels: Tensor) -> Image.Image:

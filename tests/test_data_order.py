@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from data.datamodule import ImageDataModule
 from data.engines import processes, run
@@ -108,6 +109,25 @@ def test_batches_do_not_depend_on_workers(scenes: Path, in_memory: bool) -> None
         for got, wanted in zip(batches(workers), reference, strict=True):
             assert got["keys"] == wanted["keys"] and got["captions"] == wanted["captions"]
             assert torch.equal(got["images"], wanted["images"])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_keys_come_in_one_order_on_any_ranks_and_workers_and_after_a_restart(
+    scenes: Path, world: int, workers: int
+) -> None:
+    images = ImageDataModule(str(scenes), image_size=16).split("train")
+    whole = [images.reader.key(i) for i in permutation(9, 1, len(images))]
+    for seen in (0, 36):
+        ranks = []
+        for rank in range(world):
+            order = BatchOrder(len(images), 12 // world, seed=9, rank=rank, world=world)
+            order.set_epoch(1)
+            if seen:
+                order.set_start(1, seen, seen // 12)
+            ranks.append([b["keys"] for b in DataLoader(images, None, sampler=order, num_workers=workers)])
+        together = [keys[i] for step in zip(*ranks, strict=True) for i in range(12) for keys in step if i < len(keys)]
+        assert together == whole[seen:]
 
 
 def test_shuffle_leaves_no_trace_of_the_stored_order() -> None:

@@ -385,3 +385,29 @@ def test_prepare_starts_without_torch() -> None:
         "--near-duplicates"
         in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     )
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "configs" / "data").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_config_prepares_a_small_set(tmp_path: Path, file: Path) -> None:
+    command = ["prepare", "--config", str(file), "--out", str(tmp_path / "out"), "--workers", "1"]
+    if "source: scenes" in file.read_text():
+        command += ["--num", "30"]
+    elif "source: folder" in file.read_text():
+        command += ["--path", str(flickr_folder(tmp_path / "flickr"))]
+    elif "source: parquet" in file.read_text():
+        pyarrow = pytest.importorskip("pyarrow")
+        pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+        image = [{"bytes": encoded(photo(i, 32, 32), "PNG"), "path": None} for i in range(12)]
+        pyarrow_parquet.write_table(
+            pyarrow.table({"image": image, "label": [*range(10), 0, 1]}), tmp_path / "train.parquet"
+        )
+        command += ["--path", str(tmp_path / "train.parquet")]
+    else:
+        members = [
+            m for i in range(12) for m in ((f"{i}.jpg", encoded(photo(i, 300, 260))), (f"{i}.txt", b"a caption"))
+        ]
+        command += ["--path", str(tar_of(tmp_path / "tars" / "0.tar", members))]
+    assert main(command) == 0
+    assert len(records_in(tmp_path / "out")) == (30 if "--num" in command else 12)
