@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stage1_tokenizer.layers import MLP, Attention, LayerNorm, attend, embedding, linear
 from stage1_tokenizer.spec import Spec
@@ -82,11 +83,15 @@ class Backbone(Spec, nn.Module):
     Args:
         width, depth, heads: D, blocks, H.
         max_tokens: positions there are (caption tokens + latents).
+        checkpointing: compute blocks again in the backward pass instead of keeping their activations: about a third
+            more time, memory of one block.
     """
 
-    def __init__(self, width: int = 128, depth: int = 4, heads: int = 2, max_tokens: int = 96):
+    def __init__(
+        self, width: int = 128, depth: int = 4, heads: int = 2, max_tokens: int = 96, checkpointing: bool = False
+    ):
         super().__init__()
-        self.width, self.heads, self.max_tokens = width, heads, max_tokens
+        self.width, self.heads, self.max_tokens, self.checkpointing = width, heads, max_tokens, checkpointing
         self.blocks = nn.ModuleList(self.block() for _ in range(depth))
         self.norm: nn.Module = self.norm_layer()
         self.position: nn.Parameter | None = self.positions()
@@ -122,7 +127,10 @@ class Backbone(Spec, nn.Module):
             x = x + self.position[positions]
         turn = self.turn(positions)
         for layer, block in enumerate(self.blocks):
-            x = block(x, mask, cache, layer, turn)
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, None, layer, turn, use_reentrant=False)
+            else:
+                x = block(x, mask, cache, layer, turn)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)

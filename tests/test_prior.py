@@ -154,6 +154,17 @@ def test_sampling_in_bfloat16_is_near_float32(prior: CausalPrior) -> None:
     assert (z - plain).abs().mean() < 0.1 < plain.abs().mean()
 
 
+def test_checkpointing_changes_memory_and_nothing_else(prior: CausalPrior) -> None:
+    z, text = torch.randn(3, K, C), prior.encode_text(CAPTIONS)
+    gradients = []
+    for prior.backbone.checkpointing in (False, True):
+        prior.zero_grad()
+        prior.losses(z, text, torch.Generator().manual_seed(1)).mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in prior.parameters() if p.grad is not None]))
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients)
+
+
 def test_temperature_zero_leaves_nothing_to_chance(prior: CausalPrior) -> None:
     z = [prior.sample(CAPTIONS, temperature=0.0, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
     assert torch.equal(*z)
