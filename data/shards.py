@@ -7,6 +7,7 @@ walking the headers once (512 bytes per member), and then reads a member with on
 
 from __future__ import annotations
 
+import array
 import contextlib
 import functools
 import hashlib
@@ -21,6 +22,7 @@ from typing import Any
 from data.schema import DataError, unwritable
 
 _BLOCK = 512
+_OPEN_FILES = 400
 _RECORD = 20 * _BLOCK  # tar pads its files to whole records
 
 
@@ -217,7 +219,8 @@ def split_member(name: str) -> tuple[str, str]:
 class ShardReader:
     """The samples of several shards under one running number, read by offset; safe to use from many threads.
 
-    Files are opened on first use in every process, so that a reader may be sent to workers.
+    A sample takes about a hundred bytes and its key: numbers live in arrays, and samples with the same members share
+    the list of them. Files are opened on first use in every process, so that a reader may be sent to workers.
 
     Args:
         paths: the shards, in order.
@@ -226,22 +229,44 @@ class ShardReader:
 
     def __init__(self, paths: list[Path], keep: Callable[[str], bool] | None = None) -> None:
         self.paths = paths
-        self.entries: list[tuple[int, Entry]] = []
-        for number, path in enumerate(paths):
-            self.entries += [(number, entry) for entry in index_tar(path) if keep is None or keep(entry.key)]
+        self._keys: list[str] = []
+        self._shards = array.array("l")  # of every sample: its shard,
+        self._kinds = array.array("l")  # which members it has,
+        self._firsts = array.array("q")  # and where their offsets and sizes begin in `_places`
+        self._places = array.array("q")
+        self._members: list[tuple[str, ...]] = []
+        numbers: dict[tuple[str, ...], int] = {}
+        for shard, path in enumerate(paths):
+            for entry in index_tar(path):
+                if keep is not None and not keep(entry.key):
+                    continue
+                members = tuple(entry.members)
+                if members not in numbers:
+                    numbers[members] = len(numbers)
+                    self._members.append(members)
+                self._keys.append(entry.key)
+                self._shards.append(shard)
+                self._kinds.append(numbers[members])
+                self._firsts.append(len(self._places))
+                for place in entry.members.values():
+                    self._places.extend((place.offset, place.size))
         self._files: dict[int, int] = {}
         self._process = os.getpid()
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._keys)
 
     def key(self, sample: int) -> str:
         """Return the key of a sample."""
-        return self.entries[sample][1].key
+        return self._keys[sample]
 
-    def member_names(self, sample: int) -> list[str]:
+    def shard(self, sample: int) -> int:
+        """Return the number of the shard that a sample is in."""
+        return self._shards[sample]
+
+    def member_names(self, sample: int) -> tuple[str, ...]:
         """Return the extensions that a sample has."""
-        return list(self.entries[sample][1].members)
+        return self._members[self._kinds[sample]]
 
     def read(self, sample: int, member: str) -> bytes | None:
         """Return the bytes of a member, or None where the sample has no such member.
@@ -249,13 +274,15 @@ class ShardReader:
         Raises:
             DataError: the shard became shorter than its index says.
         """
-        number, entry = self.entries[sample]
-        place = entry.members.get(member)
-        if place is None:
+        members = self.member_names(sample)
+        if member not in members:
             return None
-        content = os.pread(self._file(number), place.size, place.offset)
-        if len(content) != place.size:
-            raise DataError(f"{self.paths[number]} ends inside {entry.key}.{member}; it changed while it was read")
+        at = self._firsts[sample] + 2 * members.index(member)
+        offset, size = self._places[at], self._places[at + 1]
+        content = self._pread(self._shards[sample], size, offset)
+        if len(content) != size:
+            path = self.paths[self._shards[sample]]
+            raise DataError(f"{path} ends inside {self._keys[sample]}.{member}; it changed while it was read")
         return content
 
     def read_json(self, sample: int) -> dict[str, Any]:
@@ -273,12 +300,19 @@ class ShardReader:
             raise DataError(f"{self.key(sample)}.json is not JSON ({error}); run: python -m data verify") from error
         return parsed if isinstance(parsed, dict) else {}
 
-    def _file(self, number: int) -> int:
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
         if self._process != os.getpid():  # inherited through a fork: the parent keeps its own descriptors
             self._files, self._process = {}, os.getpid()
-        if number not in self._files:
-            self._files[number] = os.open(self.paths[number], os.O_RDONLY)
-        return self._files[number]
+        if shard in self._files:
+            return os.pread(self._files[shard], size, offset)
+        file = os.open(self.paths[shard], os.O_RDONLY)
+        if len(self._files) < _OPEN_FILES:
+            self._files[shard] = file
+            return os.pread(file, size, offset)
+        try:  # there are more shards than a process may have files open
+            return os.pread(file, size, offset)
+        finally:
+            os.close(file)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}

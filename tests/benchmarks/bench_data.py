@@ -197,7 +197,7 @@ def bench_reading(folder: Path, rounds: int, workers: int) -> dict[str, float]:
 def bench_shuffle(folder: Path) -> dict[str, float]:
     """Share of neighbours in the order that come from one shard, against the share that chance gives."""
     reader = ShardReader(sorted((folder / "train").glob("*.tar")))
-    shard = {reader.key(i): reader.entries[i][0] for i in range(len(reader))}
+    shard = {reader.key(i): reader.shard(i) for i in range(len(reader))}
     counts = np.bincount(list(shard.values())) / len(shard)
 
     def neighbours(keys: list[str]) -> float:
