@@ -51,6 +51,11 @@ class PatchTrunk(Spec, nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"got images of shape {tuple(images.shape)}, wanted (B, 3, {self.image_size}, {self.image_size}): make "
+                "the data's image_size and the model's equal."
+            )
         x = self.patch(F.gelu(self.stem(images)))  # (B,D,H/p,W/p)
         x = x.flatten(2).transpose(1, 2)  # (B,N,D)
         if self.null is not None and self.training:

@@ -62,3 +62,8 @@ def test_mask_and_specs() -> None:
     again.load_state_dict(made.state_dict())
     with pytest.raises(ValueError, match="at least one block"):
         TiTokEncoder(PatchTrunk(16, 4, width=32, depth=0, stem_width=8), depth=0)
+
+
+def test_pictures_of_another_size_are_named() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3, 32, 32\), wanted \(B, 3, 16, 16\)"):
+        encoder()(torch.zeros(2, 3, 32, 32))
