@@ -69,6 +69,9 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--min-caption", type=int, default=limits.min_caption, help="characters")
     add("--max-caption", type=int, default=limits.max_caption, help="characters")
     add("--near-duplicates", type=int, default=None, metavar="BITS", help="drop pictures whose hashes differ in so few")
+    add("--score-model", default="ViT-B-32", help="open_clip model, by name or json, for --score-weights")
+    add("--score-weights", default=None, help="its weights: drop pairs whose picture and caption do not fit")
+    add("--min-score", type=float, default=0.2, help="lowest cosine of a pair that stays")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (all cores)")
     add("--engine", default="processes", choices=("processes", "ray"), help="who writes the shards")
     array = os.environ
@@ -128,6 +131,9 @@ def _prepare(options: argparse.Namespace) -> int:
         quality=options.quality,
         val_fraction=options.val_fraction,
         shard_size=options.shard_size,
+        score_model=options.score_model,
+        score_weights=options.score_weights,
+        min_score=options.min_score,
         filters=Filters(
             min_side=options.min_side,
             max_aspect=options.max_aspect,

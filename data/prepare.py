@@ -12,11 +12,13 @@ matches the plan is not written again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -34,7 +36,18 @@ from data.pictures import (
     upright_size,
 )
 from data.quality import Filters, picture_hash
-from data.schema import SCHEMA_VERSION, SPLITS, DataError, Drop, Sample, Source, key_hash, split_of, write_json
+from data.schema import (
+    IMAGE_MEMBERS,
+    SCHEMA_VERSION,
+    SPLITS,
+    DataError,
+    Drop,
+    Sample,
+    Source,
+    key_hash,
+    split_of,
+    write_json,
+)
 from data.shards import ShardWriter
 from data.sources import SourceConfig
 
@@ -52,6 +65,8 @@ class PrepareConfig:
         val_fraction: share of the keys that go to val, 0 to 1; sources with splits of their own keep them.
         shard_size: items of the source per chunk, so at most that many samples per shard.
         filters: what is left out.
+        score_model, score_weights: an open_clip model by name or json, and its weights; None scores nothing.
+        min_score: pairs whose cosine under that model is lower are left out.
     """
 
     source: SourceConfig
@@ -62,6 +77,9 @@ class PrepareConfig:
     val_fraction: float = 0.05
     shard_size: int = 2000
     filters: Filters = field(default_factory=Filters)
+    score_model: str = "ViT-B-32"
+    score_weights: str | None = None
+    min_score: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_fraction <= 1:
@@ -90,10 +108,9 @@ def plan(source: Source, config: PrepareConfig) -> list[Chunk]:
     """Cut the source into chunks. Shards of a split are numbered without gaps."""
     chunks: list[Chunk] = []
     numbers: Counter[str] = Counter()
-    by_hash = [s for s, share in zip(SPLITS, (1 - config.val_fraction, config.val_fraction), strict=True) if share]
     for stretch in source.chunks(config.shard_size):
         shards = {}
-        for split in by_hash if stretch.split is None else (stretch.split,):
+        for split in SPLITS if stretch.split is None else (stretch.split,):
             shards[split] = f"{split}/{numbers[split]:05d}.tar"
             numbers[split] += 1
         chunks.append(Chunk(len(chunks), stretch.start, stretch.stop, shards))
@@ -117,33 +134,19 @@ def write_chunk(
     captions: Counter[str] = Counter()
     hashes: dict[str, list[bytes]] = {split: [] for split in chunk.shards}
     keys: dict[str, list[bytes]] = {split: [] for split in chunk.shards}
-    seen: set[str] = set()
     with contextlib.ExitStack() as stack:
         writers = {split: ShardWriter(out / name) for split, name in chunk.shards.items()}
         # Entered in turn and left together: an error in the middle removes what was begun.
         for writer in writers.values():
             stack.enter_context(writer)
-        for sample in source.read(chunk.start, chunk.stop):
-            tick()
-            if isinstance(sample, Drop):
-                drops.append(sample)
-                continue
-            split = sample.split or split_of(sample.key, config.val_fraction)
-            if split not in writers:  # a split column whose share is 0
-                split = next(iter(writers))
-            kept, left_out = config.filters.choose_captions(sample.key, sample.captions, captions)
-            drops += left_out
-            made = make_members(sample, kept, config) if kept else Drop(sample.key, "no caption")
-            if not isinstance(made, Drop) and sample.key in seen:
-                made = Drop(sample.key, "duplicate key", "an earlier sample of the same source range has it")
-            if isinstance(made, Drop):
-                drops.append(made)
-                continue
-            seen.add(sample.key)
-            writers[split].write(sample.key, made.members)
-            keys[split].append(key_hash(sample.key))
-            hashes[split].append(made.hash)
-            histograms["caption_length"].update(len(caption) for caption in kept)
+        stream = _made(source, config, chunk, drops, captions, tick)
+        if config.score_weights is not None:
+            stream = _scored(stream, config, drops)
+        for made in stream:
+            writers[made.split].write(made.key, made.members)
+            keys[made.split].append(key_hash(made.key))
+            hashes[made.split].append(made.hash)
+            histograms["caption_length"].update(len(caption) for caption in made.captions)
             histograms["short_side"][min(made.original)] += 1
     shards = {
         chunk.shards[split]: {
@@ -171,9 +174,60 @@ def write_chunk(
 class Made:
     """A sample as it is written: its tar members, its size before resizing, and its hash (b"" where none is asked)."""
 
+    key: str
+    split: str
+    captions: list[str]
     members: dict[str, bytes]
     original: tuple[int, int]
     hash: bytes
+
+
+def _made(
+    source: Source,
+    config: PrepareConfig,
+    chunk: Chunk,
+    drops: list[Drop],
+    captions: Counter[str],
+    tick: Callable[[], None],
+) -> Iterator[Made]:
+    """Yield the samples of a chunk that stay; add the others to `drops` and count captions."""
+    seen: set[str] = set()
+    for sample in source.read(chunk.start, chunk.stop):
+        tick()
+        if isinstance(sample, Drop):
+            drops.append(sample)
+            continue
+        kept, left_out = config.filters.choose_captions(sample.key, sample.captions, captions)
+        drops += left_out
+        made = make_members(sample, kept, config) if kept else Drop(sample.key, "no caption")
+        if not isinstance(made, Drop) and made.key in seen:
+            made = Drop(sample.key, "duplicate key", "an earlier sample of the same source range has it")
+        if isinstance(made, Drop):
+            drops.append(made)
+            continue
+        seen.add(made.key)
+        yield made
+
+
+def _scored(stream: Iterator[Made], config: PrepareConfig, drops: list[Drop]) -> Iterator[Made]:
+    """Yield the samples whose first caption fits their picture, the score in their json; drop the others."""
+    score = _load_score(config.score_model, config.score_weights or "")
+    while batch := list(itertools.islice(stream, 32)):
+        pictures = [next(content for name, content in made.members.items() if name in IMAGE_MEMBERS) for made in batch]
+        for made, value in zip(batch, score(pictures, [made.captions[0] for made in batch]), strict=True):
+            if value < config.min_score:
+                drops.append(Drop(made.key, "image-text score", f"{value:.4f} is under {config.min_score}"))
+                continue
+            record = {**json.loads(made.members["json"]), "image_text_score": round(value, 4)}
+            made.members["json"] = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+            yield made
+
+
+@functools.cache
+def _load_score(model: str, weights: str) -> Callable[[list[bytes], list[str]], list[float]]:
+    from data.score import ImageTextScore  # open_clip, only where it is asked for
+
+    return ImageTextScore(model, weights)
 
 
 def make_members(sample: Sample, captions: list[str], config: PrepareConfig) -> Made | Drop:
@@ -203,7 +257,8 @@ def make_members(sample: Sample, captions: list[str], config: PrepareConfig) -> 
         "txt": captions[0].encode("utf-8", "replace"),
         "json": json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace"),
     }
-    return Made(members, original, code)
+    split = sample.split or split_of(sample.key, config.val_fraction)
+    return Made(sample.key, split, captions, members, original, code)
 
 
 def _make_picture(sample: Sample, config: PrepareConfig) -> tuple[str, bytes, tuple[int, int], tuple[int, int], bytes]:

@@ -411,3 +411,48 @@ def test_every_config_prepares_a_small_set(tmp_path: Path, file: Path) -> None:
         command += ["--path", str(tar_of(tmp_path / "tars" / "0.tar", members))]
     assert main(command) == 0
     assert len(records_in(tmp_path / "out")) == (30 if "--num" in command else 12)
+
+
+def test_pairs_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
+    """With an untrained model of two layers: the same scores as computed here, the lower half dropped."""
+    import open_clip
+    import torch
+
+    sizes = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 2}
+    (tmp_path / "tiny-pair.json").write_text(json.dumps({"embed_dim": 8, "vision_cfg": sizes, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "tiny-pair.json")
+    torch.manual_seed(1)
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-pair", pretrained=None)
+    torch.save(model.eval().state_dict(), tmp_path / "tiny.pt")
+    folder = flickr_folder(tmp_path / "flickr", count=10, captions=2)
+    source = SourceConfig("folder", (str(folder),))
+    prepared(source, tmp_path / "all", val_fraction=0.0)
+    wanted = {}
+    for _, key, members in samples_in(tmp_path / "all"):
+        image = preprocess(Image.open(io.BytesIO(members["png"])))[None]
+        words = open_clip.get_tokenizer("tiny-pair")([json.loads(members["json"])["caption"]])
+        with torch.inference_mode():
+            pair = model.encode_image(image, normalize=True) * model.encode_text(words, normalize=True)
+        wanted[key] = float(pair.sum())
+    middle = float(np.median(list(wanted.values())))
+    options = {"score_model": str(tmp_path / "tiny-pair.json"), "score_weights": str(tmp_path / "tiny.pt")}
+    manifest = prepared(source, tmp_path / "fit", val_fraction=0.0, min_score=middle, **options)
+    records = records_in(tmp_path / "fit")
+    assert manifest["dropped"] == {"image-text score": 5} and set(records) == {
+        k for k, v in wanted.items() if v > middle
+    }
+    assert all(abs(record["image_text_score"] - wanted[key]) < 1e-3 for key, record in records.items())
+    with pytest.raises(DataError, match="no weights at"):
+        prepared(source, tmp_path / "none", score_weights=str(tmp_path / "none.pt"))
+    with pytest.raises(DataError, match="knows no model"):
+        prepared(source, tmp_path / "no", score_model="no-model", score_weights=options["score_weights"])
+
+
+def test_a_split_column_holds_also_where_no_share_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "Images").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "Images" / f"{name}.jpg").write_bytes(encoded(photo(ord(name))))
+    (tmp_path / "captions.csv").write_text("image,caption,split\na.jpg,x,val\nb.jpg,y,train\n")
+    prepared(SourceConfig("folder", (str(tmp_path),)), tmp_path / "out", val_fraction=0.0)
+    assert {key: record["split"] for key, record in records_in(tmp_path / "out").items()} == {"a": "val", "b": "train"}
