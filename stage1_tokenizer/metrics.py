@@ -136,8 +136,9 @@ def retrieval(
     """Recall at R of captions by pictures: queries (Q, E), candidates (M, E), both unit vectors.
 
     A candidate is a hit if its words equal the query's caption: different pictures may share a caption word by word,
-    and then either copy is right. Ties in similarity count against the query (a constant embedding scores like the
-    worst order, not like the best). Chance is exact: 1 - C(M - h, R) / C(M, R) for a query with h hits.
+    and then either copy is right. Copies take one rank together. Ties in similarity count against the query (a constant
+    embedding scores like the worst order, not like the best). Chance is exact for R of the M candidates drawn at random,
+    copies among them: 1 - C(M - h, R) / C(M, R) for a query with h hits.
 
     `bits` is the likelihood of the captions: with p = softmax(similarity / T) over the candidates, the mean over
     queries of log2 of p(hits) against the share of hits, a lower bound of the mutual information (van den Oord et al.
@@ -154,7 +155,9 @@ def retrieval(
     hits = query_ids[:, None] == candidate_ids[None]  # (Q, M)
     similarity = queries.float().cpu() @ candidates.float().cpu().T  # (Q, M)
     best_hit = similarity.masked_fill(~hits, -math.inf).amax(dim=1, keepdim=True)
-    ahead = ((similarity >= best_hit) & ~hits).sum(dim=1)  # (Q,) wrong candidates that come first
+    captions = similarity.new_full((len(queries), len(ids)), -math.inf)  # (Q, D) of the D different captions
+    captions = captions.scatter_reduce(1, candidate_ids.expand(len(queries), -1), similarity, "amax")
+    ahead = (captions >= best_hit).sum(dim=1) - 1  # (Q,) wrong captions that come first; - 1 is the right one itself
     ahead = torch.where(hits.any(dim=1), ahead, torch.full_like(ahead, len(candidates)))
     recall = {rank: (ahead < rank).float().mean().item() for rank in ranks}
     chance = _chance(hits.sum(dim=1), len(candidates), ranks)

@@ -26,7 +26,7 @@ class TextSpace(Protocol):
 
 
 def linear_probe(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, classes: Sequence[int], decay: float = 1e-3
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, classes: Sequence[int], decay: float = 3e-2
 ) -> Tensor:
     """Test accuracy of logistic regression: x (N, F), y (N, S) class indices -> (S + 1,), every slot, then all at once.
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from stage1_tokenizer.metrics import Skipped
 from stage1_tokenizer.run_folder import describe_process
 
+WORDS = re.compile(r"[a-z] \S*[a-z]")  # two words in a row: text, and not a number with its unit
 GAP = 2  # pixels between pictures of a strip, before scaling
 LARGEST_PICTURE = 112  # pixels of the page that one picture of a grid may be wide
 SERIES_COLOURS = ("#3b6fd4", "#d9822b", "#2a9d6f", "#b14fc5", "#c2424d", "#8a6d3b")
@@ -53,7 +54,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font
 th,td{padding:.42rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom}tr:last-child td{border-bottom:0}
 th:first-child,td:first-child{text-align:left}
-tr.quiet td{color:var(--soft)}td.text{text-align:left;white-space:normal;min-width:11rem;vertical-align:top}
+tr.quiet td{color:var(--soft)}td.text,th.text{text-align:left;white-space:normal;min-width:9rem;vertical-align:top}
 .curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:.9rem}
 .curves figure,.grid{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem;margin:0}
 .curves img{width:100%;height:auto;display:block}figcaption{font-size:.88rem;color:var(--soft);margin-bottom:.3rem}
@@ -162,10 +163,13 @@ class Report:
         """A table of text cells, each row's name first; rows whose name begins with `quiet` are set softly."""
         if any(len(row) != len(columns) for row in rows):
             raise ValueError(f"got rows of {sorted({len(r) for r in rows})} cells for {len(columns)} columns")
-        head = "".join(f"<th>{_text(c)}</th>" for c in columns)
+        # Numbers are set to the right, words to the left; a column of words has its heading there too.
+        words = [any(WORDS.search(row[i]) for row in rows) for i in range(len(columns))]
+        kinds = [' class="text"' if is_words else "" for is_words in words]
+        head = "".join(f"<th{kind}>{_text(c)}</th>" for kind, c in zip(kinds, columns, strict=True))
         body = ""
         for row in rows:
-            cells = "".join(f'<td class="text">{_text(c)}</td>' if len(c) > 28 else f"<td>{_text(c)}</td>" for c in row)
+            cells = "".join(f"<td{kind}>{_text(c)}</td>" for kind, c in zip(kinds, row, strict=True))
             body += f'<tr class="quiet">{cells}</tr>' if quiet and row[0].startswith(quiet) else f"<tr>{cells}</tr>"
         self.section(heading)
         self._add(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')

@@ -62,6 +62,14 @@ def test_retrieval_counts_identical_captions_as_hits() -> None:
     assert result.chance[1] == pytest.approx((1 + 2 + 2 + 1) / 16)
 
 
+def test_copies_of_a_wrong_caption_take_one_rank() -> None:
+    captions = ["a"] * 5 + ["b"] * 5 + ["c"]
+    candidates = torch.eye(3).repeat_interleave(torch.tensor([5, 5, 1]), dim=0)
+    query = torch.tensor([[0.9, 0.8, 0.1], [0.1, 0.8, 0.9]])  # right ones: second of "a", third of "c"
+    result = retrieval(query, candidates, ["b", "a"], captions, ranks=(1, 2, 3))
+    assert result.recall == {1: 0.0, 2: 0.5, 3: 1.0}
+
+
 def test_retrieval_of_wrong_and_constant_embeddings() -> None:
     captions = [str(i) for i in range(10)]
     eye = torch.eye(10)
