@@ -137,8 +137,8 @@ def retrieval(
 
     A candidate is a hit if its words equal the query's caption: different pictures may share a caption word by word,
     and then either copy is right. Copies take one rank together. Ties in similarity count against the query (a constant
-    embedding scores like the worst order, not like the best). Chance is exact for R of the M candidates drawn at random,
-    copies among them: 1 - C(M - h, R) / C(M, R) for a query with h hits.
+    embedding scores like the worst order, not like the best). Chance is exact for R of the M candidates drawn at
+    random, copies among them: 1 - C(M - h, R) / C(M, R) for a query with h hits.
 
     `bits` is the likelihood of the captions: with p = softmax(similarity / T) over the candidates, the mean over
     queries of log2 of p(hits) against the share of hits, a lower bound of the mutual information (van den Oord et al.
