@@ -230,6 +230,7 @@ class PrefixText(Spec, nn.Module):
         self.balance = GradientBalance(share)
         weights = torch.tensor([1 / (1 + math.log2(k)) for k in self.lengths])
         self.register_buffer("weights", weights / weights.sum(), persistent=False)
+        self.weights: Tensor
 
     @property
     def vocabulary(self) -> CaptionVocabulary:
