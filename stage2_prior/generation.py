@@ -31,6 +31,8 @@ from stage2_prior.contract import LatentSpace, Prior
 from stage2_prior.heads import FlowHead
 from stage2_prior.prior_data import PriorDataModule, longest
 
+MANY = 200  # pictures below which a distance between two sets says little
+
 
 @dataclass
 class Samples:
@@ -173,6 +175,16 @@ class GenerationReport:
             drawn = features(s.images)
             out["generated_real"][str(w)] = frechet_distance(reference, drawn)
             out["precision_recall"][str(w)] = precision_recall(reference, drawn)
+        rows, twins = same_caption_pairs(images, real)
+        if len(rows) > MANY:
+            floor = features(images.arrays("train")["images"][twins])
+            out["same_captions"] = {
+                "n": len(rows),
+                "real_real": frechet_distance(reference[rows], floor),
+                "generated_real": {
+                    str(w): frechet_distance(reference[rows], features(s.images[rows])) for w, s in samples.items()
+                },
+            }
         return out
 
     def cost(self, prior: Prior, tokenizer: LatentSpace, captions: list[str]) -> dict[str, Any]:
@@ -228,12 +240,19 @@ class GenerationReport:
         report = Report("Generation", f"{len(captions)} held-out captions, guidance {self.guidance:g}")
         key, cost, latents = str(self.guidance), metrics["cost"], metrics["latents"]
         distances = metrics["distances"]
+        floor = distances.get("same_captions")
         figures = [
             Figure(
                 f"Frechet distance [{distances['features']}]",
                 f"{distances['generated_real'][key]:.1f}",
                 f"real-real {distances['real_real']:.1f}, reconstruction {distances['reconstruction_real']:.1f}"
-                f", n = {distances['n']}",
+                f", n = {distances['n']}"
+                + (
+                    f"; on {floor['n']} captions that training pictures have, too: {floor['generated_real'][key]:.1f}"
+                    f" against {floor['real_real']:.1f} for real pictures of those captions"
+                    if floor
+                    else ""
+                ),
             ),
             Figure(
                 "spread of latents, samples / data",
@@ -282,6 +301,17 @@ class GenerationReport:
         seen = list(dict.fromkeys(captions))[: len(same)]
         report.grid("One caption, eight seeds", [""], [(c, [same[i]]) for i, c in enumerate(seen)])
         return report.provenance(provenance(self.seed))
+
+
+def same_caption_pairs(images: ImageDataModule, real: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Held-out pictures whose caption some training picture has word by word: their rows, and such a picture of each.
+
+    Two real pictures of one caption differ as a generated and a real one may: the distance between the two sets is what
+    a perfect sampler would be left with.
+    """
+    first = {longest(c): i for i, c in reversed(list(enumerate(images.captions("train")))) if c}
+    rows = [i for i, c in enumerate(real["captions"]) if c and longest(c) in first]
+    return rows, [first[longest(real["captions"][i])] for i in rows]
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ from stage1_tokenizer.cli import run_cli
 from stage2_prior import Prior, generation
 from stage2_prior import sweep as sweep_module
 from stage2_prior.lit_prior import LitPrior
-from stage2_prior.prior_data import PriorDataModule, read_captions
+from stage2_prior.prior_data import PriorDataModule, longest, read_captions
 from tests.tiny import SIZE, C, K, tiny_tokenizer
 
 
@@ -110,6 +110,8 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
         return classifier
 
     monkeypatch.setattr(generation, "report_classifier", quick)
+    monkeypatch.setattr(generation, "MANY", 1)
+    monkeypatch.setattr(generation, "same_caption_pairs", lambda images, real: (list(range(20)), list(range(20, 40))))
     stage2("test", run_dir)
     metrics = json.loads((run_dir / "generation" / "metrics.json").read_text())
     assert len(metrics["latents"]["2.0"]["std_ratio"]) == K
@@ -119,8 +121,10 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
     assert sizes.get("seen combination", 0) + sizes["unseen combination"] == 30
     assert metrics["cost"]["evaluations_per_latent"] == 8 and metrics["cost"]["images_per_second"] > 0
     assert metrics["diversity"]["smallest_rms_between_two_seeds"] > 0.001
+    assert metrics["distances"]["same_captions"]["n"] == 20
     assert metrics["nll"]["lines"] == 4 and len(metrics["nll"]["by_position"]) == K
     page = (run_dir / "generation" / "report.html").read_text()
+    assert "for real pictures of those captions" in page
     assert "One caption, eight seeds" in page and "unseen combination" in page
 
 
@@ -133,6 +137,16 @@ def test_sweep_fills_every_cell(run_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(c["frechet"] > 0 for c in metrics["cells"]) and metrics["features"].startswith("random-conv")
     with pytest.raises(SystemExit):
         sweep_module.main(["--run_dir", str(run_dir), "--steps", "3"])  # midpoint asks twice per interval
+
+
+def test_pairs_of_one_caption_are_found(run_dir: Path) -> None:
+    images = ImageDataModule(str(run_dir / "data"), image_size=SIZE)
+    train, real = images.arrays("train"), images.arrays("val")
+    real["captions"][3] = train["captions"][5]
+    rows, twins = generation.same_caption_pairs(images, real)
+    assert 3 in rows
+    for row, twin in zip(rows, twins, strict=True):
+        assert longest(real["captions"][row]) == longest(train["captions"][twin])
 
 
 def generation_slots(data: dict[str, Any]) -> Any:
