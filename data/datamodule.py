@@ -23,7 +23,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from data.datasets import FinishingLoader, ImageSet, LatentSet, ShardDataset
+from data.datasets import FinishingLoader, ImageSet, LatentSet, ShardDataset, as_is
 from data.order import BatchOrder
 from data.schema import SPLITS, DataError, read_manifest, split_of
 from data.shards import ShardReader
@@ -179,6 +179,7 @@ class ShardDataModule(LightningDataModule):
             self.split(split),
             batch_size=None,  # the order yields whole batches
             sampler=order,
+            collate_fn=as_is,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )

@@ -236,6 +236,11 @@ def run_all(work: Callable[[int], None], count: int, sample_bytes: int) -> None:
             pass
 
 
+def as_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return `batch`: a dataset's batches are complete, and torch's default would walk through every attribute."""
+    return batch
+
+
 class FinishingLoader(DataLoader[dict[str, Any]]):
     """Yields finished batches: pictures travel as uint8, from workers and to the device, and become floats there."""
 

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.datamodule import ImageDataModule
-from data.datasets import captions_of, collate, decode_image, label_of
+from data.datasets import as_is, captions_of, collate, decode_image, label_of
 from data.schema import DECODED_MEMBERS, IMAGE_MEMBERS, DataError
 from data.tars import tar_urls
 from data.transforms import to_unit_range
@@ -184,7 +184,7 @@ class StreamDataModule(LightningDataModule):
             rank,
             self.most_errors,
         )
-        return StreamLoader(stream, batch_size=None, num_workers=self.num_workers)
+        return StreamLoader(stream, batch_size=None, collate_fn=as_is, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The val split of `val_dir` in stored order; nothing where there is none."""
