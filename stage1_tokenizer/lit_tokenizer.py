@@ -213,7 +213,11 @@ class LitTokenizer(pl.LightningModule):
     def on_test_end(self) -> None:
         from stage1_tokenizer.reconstruction import reconstruction_report  # plotting: only this command needs it
 
+        if not self.trainer.is_global_zero:  # the report reads whole splits by itself
+            return
         folder = self.run_dir / "reconstruction"
+        if self.baseline_metrics and not Path(self.baseline_metrics).is_file():
+            raise ValueError(f"baseline_metrics {self.baseline_metrics} does not exist; run `test` for that run first.")
         baseline = json.loads(Path(self.baseline_metrics).read_text()) if self.baseline_metrics else None
         reconstruction_report(
             self.tokenizer, self.data, folder, self.run_dir, limit=self.report_images, baseline=baseline

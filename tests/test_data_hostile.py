@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import dropped_in, encoded, flickr_folder, photo, prepared, records_in, tar_of
 from PIL import Image
 
 from data.__main__ import main
@@ -21,6 +20,7 @@ from data.quality import clean_caption
 from data.schema import DataError
 from data.sources import SourceConfig
 from data.streaming import StreamDataModule
+from tests.data_samples import dropped_in, encoded, flickr_folder, photo, prepared, records_in, tar_of
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:

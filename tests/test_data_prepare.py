@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_samples import contents, dropped_in, encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
 from PIL import Image
 
 from data import finalize as finalize_module
@@ -29,6 +28,17 @@ from data.quality import near_duplicates, picture_hash
 from data.schema import DataError, split_of
 from data.sources import SourceConfig
 from data.verify import verify
+from tests.data_samples import (
+    contents,
+    dropped_in,
+    encoded,
+    flickr_folder,
+    photo,
+    prepared,
+    records_in,
+    samples_in,
+    tar_of,
+)
 
 SCENES = SourceConfig("scenes", num=60, size=16)
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from data_samples import encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
 from PIL import Image
 
 from data.datamodule import ImageDataModule, LatentDataModule
@@ -27,6 +26,7 @@ from data.shards import ShardReader, ShardWriter, index_tar, member_places
 from data.sources import SourceConfig
 from data.streaming import StreamDataModule
 from data.transforms import to_pixels, to_unit_range
+from tests.data_samples import encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
 
 
 @pytest.fixture(scope="module")

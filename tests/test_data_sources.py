@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_samples import dropped_in, encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
 from PIL import Image
 
 from data.captions import read_captions
 from data.schema import DataError, clean_key, split_named
 from data.sources import SourceConfig, find_kind, open_source
 from data.tars import tar_urls
+from tests.data_samples import dropped_in, encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
 
 pyarrow = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
