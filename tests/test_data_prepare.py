@@ -145,7 +145,7 @@ def test_a_crash_between_any_two_writes_ends_in_the_same_bytes(tmp_path: Path, m
     shutil.copy(folder / "Images" / "001_ab.jpg", folder / "Images" / "004_ab.jpg")
     source = SourceConfig("folder", (str(folder),))
     # Two small samples fill one record of a tar as well as one does, so that the sizes of the shards tell nothing.
-    options = {"format": "jpg", "quality": 20, "resize": "no", "val_fraction": 0.0, "shard_size": 2}
+    options: dict[str, Any] = {"format": "jpg", "quality": 20, "resize": "no", "val_fraction": 0.0, "shard_size": 2}
     options["filters"] = {"near_duplicates": 0}
     assert prepared(source, tmp_path / "whole", **options)["dropped"] == {"near duplicate": 1}
     whole = contents(tmp_path / "whole")
@@ -446,7 +446,10 @@ def test_pairs_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
             pair = model.encode_image(image, normalize=True) * model.encode_text(words, normalize=True)
         wanted[key] = float(pair.sum())
     middle = float(np.median(list(wanted.values())))
-    options = {"score_model": str(tmp_path / "tiny-pair.json"), "score_weights": str(tmp_path / "tiny.pt")}
+    options: dict[str, Any] = {
+        "score_model": str(tmp_path / "tiny-pair.json"),
+        "score_weights": str(tmp_path / "tiny.pt"),
+    }
     manifest = prepared(source, tmp_path / "fit", val_fraction=0.0, min_score=middle, **options)
     records = records_in(tmp_path / "fit")
     assert manifest["dropped"] == {"image-text score": 5} and set(records) == {
