@@ -293,5 +293,7 @@ def quieten_lightning() -> None:
         ".*GPU available but not used.*",
         ".*your dataloader is not resumable.*",  # the data modules of this project resume exactly
         ".*isinstance.treespec, LeafSpec.*",
+        ".*predict returned None.*",  # predict writes files, it returns nothing
+        ".*torch.jit.script. is deprecated.*",  # a library's own use of it
     ):
         warnings.filterwarnings("ignore", message=message)
