@@ -157,7 +157,7 @@ def test_linear_probe_separates_what_is_linear_and_not_what_is_noise() -> None:
     x = torch.randn(600, 8, generator=generator)
     y = torch.stack([(x[:, 0] > 0).long(), torch.randint(0, 2, (600,), generator=generator)], dim=1)
     accuracy = linear_probe(x[:400], y[:400], x[400:], y[400:], [2, 2])
-    assert accuracy[0] > 0.95 and 0.35 < accuracy[1] < 0.65 and accuracy[2] < 0.7
+    assert accuracy[0] > 0.9 and 0.35 < accuracy[1] < 0.65 and accuracy[2] < 0.7
 
 
 def test_zero_shot_takes_the_nearest_class_by_its_prompts() -> None:
