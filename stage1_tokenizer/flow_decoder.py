@@ -11,7 +11,6 @@ Letters: B batch, K latents, C channels, N pixel patches, D width, t time (0 dat
 """
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.contract import Decoder
 from stage1_tokenizer.decoder import ConvTail
-from stage1_tokenizer.flow import interpolate, v_from_x
+from stage1_tokenizer.flow import interpolate, midpoint, power_grid, v_from_x
 from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, embedding
 
 REFERENCE_SIZE = 32  # resolution at which training times are not shifted
@@ -41,7 +40,7 @@ class TimeEmbedding(nn.Module):
 
 
 class FlowDecoder(Decoder):
-    """Flow decoder in pixel space with the layout of `ViTDecoder`.
+    """Flow decoder in pixel space with the layout of `ViTDecoder`. It starts from noise and makes no use of `base`.
 
     Args:
         image_size, patch_size, num_latents, latent_dim, width, depth, heads, tail_channels, tail_depth: as ViTDecoder.
@@ -125,8 +124,4 @@ class FlowDecoder(Decoder):
         def field(x_t: Tensor, t: float) -> Tensor:
             return v_from_x(x_t, self(x_t, torch.full((len(z),), t, device=z.device), tokens), t)
 
-        grid = [(1 - i / self.steps) ** 1.5 for i in range(self.steps + 1)]
-        for t, s in pairwise(grid):
-            middle = x - (t - s) / 2 * field(x, t)
-            x = x - (t - s) * field(middle, (t + s) / 2)
-        return x
+        return midpoint(field, x, power_grid(self.steps))

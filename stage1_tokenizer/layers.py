@@ -6,7 +6,7 @@ Choices, each with its reason:
   content they are added to, and a small resampler then stays at the mean image for good.
 * Output projections of residual branches start at zero, so that every block is the identity at step 0.
 * Queries and keys are normalised per head (QK-norm, Henry et al. 2020) with a learned gain per head.
-* ReLU^2 (So et al. 2021, "Primer") in the MLP: as good as SwiGLU at equal FLOPs here, and one matrix less.
+* ReLU^2 (So et al. 2021, "Primer") in the MLP: one matrix less than SwiGLU.
 * `attend` writes attention as two plain matmuls where autograd runs on a CPU: the backward of fused CPU attention is
   the largest single cost of a small model (1.7x of a whole step). Everywhere else it is fused.
 * Linear layers of blocks have no bias; their weights are marked for Muon where they are born (`weight.group`).

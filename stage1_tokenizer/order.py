@@ -18,7 +18,7 @@ class PrefixLengths(Spec, nn.Module):
         exponent: how much short prefixes are preferred.
         share: share of a batch that is decoded a second time, at a random length.
         weight: factor of the second decode's loss.
-        start: steps before the second decode begins (0 = from the first; measured best at small scale).
+        start: steps before the second decode begins (0 = from the first).
     """
 
     def __init__(

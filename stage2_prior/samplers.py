@@ -16,31 +16,19 @@ Letters: M rows, C channels, h = t_i - t_{i+1} > 0, v_i = field(x_i, t_i).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.flow import noise_from_v, x_from_v
+from stage1_tokenizer.flow import Field, Grid, midpoint, noise_from_v, power_grid, x_from_v
 from stage1_tokenizer.spec import Spec
-
-Field = Callable[[Tensor, float], Tensor]
-Grid = Sequence[float]
 
 
 class SamplerError(ValueError):
     """A number of steps or a temperature that a sampler cannot use."""
-
-
-def power_grid(steps: int, power: float = 1.5) -> list[float]:
-    """steps + 1 times from 1 to 0, t = (1-u)^power for u = 0, 1/steps, ..., 1.
-
-    In the notation of most papers (which integrate u upwards) this is t = 1 - (1-u)^p with data at t = 1; power 1 is
-    uniform, larger powers refine the data end.
-    """
-    return [(1 - i / steps) ** power for i in range(steps + 1)]
 
 
 def logit_grid(steps: int, spread: float = 4.0) -> list[float]:
@@ -64,14 +52,6 @@ def mid_time_euler(field: Field, x: Tensor, grid: Grid) -> Tensor:
     """
     for t, s in pairwise(grid):
         x = x - (t - s) * field(x, (t + s) / 2)
-    return x
-
-
-def midpoint(field: Field, x: Tensor, grid: Grid) -> Tensor:
-    """Half an Euler step to the middle, then a whole step with the velocity found there: second order, two calls."""
-    for t, s in pairwise(grid):
-        middle = x - (t - s) / 2 * field(x, t)
-        x = x - (t - s) * field(middle, (t + s) / 2)
     return x
 
 
