@@ -1,4 +1,4 @@
-# make setup | demo | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
+# make setup | demo | text-cost | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
 # PYTHON names the interpreter that the environment is made with, VENV where it lies.
 
 SHELL := /bin/bash
@@ -7,14 +7,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo text-cost test bench lint clean
 
 help:
-	@echo "make setup   environment in $(VENV), with the tested versions"
-	@echo "make demo    scenes, tokenizer, prior and both reports, in runs/demo"
-	@echo "make test    the whole test suite"
-	@echo "make bench   speed of encoding, decoding, training steps and sampling"
-	@echo "make lint    ruff and mypy"
+	@echo "make setup      environment in $(VENV), with the tested versions"
+	@echo "make demo       scenes, tokenizer, prior and both reports, in runs/demo"
+	@echo "make text-cost  the demo's tokenizer again without text losses: its report then shows what they cost"
+	@echo "make test       the whole test suite"
+	@echo "make bench      speed of encoding, decoding, training steps and sampling"
+	@echo "make lint       ruff and mypy"
 
 setup: $(VENV)/.installed
 
@@ -33,6 +34,14 @@ demo: setup
 	python -m stage2_prior fit --config configs/stage2/demo.yaml --overwrite true
 	python -m stage2_prior test --config configs/stage2/demo.yaml
 	python -m stage2_prior.summary runs/demo
+
+# The same run without text losses, then the demo's reconstruction report again, beside it.
+NO_TEXT = --config configs/stage1/demo.yaml --config configs/variants/no_text.yaml \
+	--run_dir runs/demo_no_text --data.data_dir runs/demo/data
+text-cost: setup
+	python -m stage1_tokenizer fit $(NO_TEXT) --overwrite true
+	python -m stage1_tokenizer test $(NO_TEXT)
+	python -m stage1_tokenizer test --config configs/stage1/demo.yaml --model.baseline_metrics runs/demo_no_text/reconstruction/metrics.json
 
 test: setup
 	python -m pytest
