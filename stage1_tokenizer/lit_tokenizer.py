@@ -33,6 +33,8 @@ class LitTokenizer(pl.LightningModule):
         warmup_steps: linear warm-up.
         flat_fraction: share of the steps at full rate before the cosine begins.
         long_captions: probability that the text loss uses a picture's longest caption, else any of its captions.
+        captions_by_length: above 1, so many captions of each picture, from its shortest to its longest, supervise the
+            prefixes from the shortest to the longest (and `long_captions` is not used).
         statistics_images: training images that the latent statistics are computed from.
         linear_path_images: training images that a linear path is computed from.
         report_images: held-out images that `test` reports on.
@@ -54,6 +56,7 @@ class LitTokenizer(pl.LightningModule):
         warmup_steps: int = 30,
         flat_fraction: float = 0.3,
         long_captions: float = 0.75,
+        captions_by_length: int = 1,
         statistics_images: int = 20_000,
         linear_path_images: int = 20_000,
         report_images: int = 2_000,
@@ -68,6 +71,7 @@ class LitTokenizer(pl.LightningModule):
         self.tokenizer = tokenizer
         self.lr, self.matrix_lr, self.warmup_steps, self.flat_fraction = lr, matrix_lr, warmup_steps, flat_fraction
         self.long_captions, self.statistics_images = long_captions, statistics_images
+        self.captions_by_length = captions_by_length
         self.linear_path_images, self.report_images = linear_path_images, report_images
         self.baseline_metrics = baseline_metrics
         self.image_losses, self.adversarial = nn.ModuleList(image_losses or []), adversarial
@@ -170,15 +174,20 @@ class LitTokenizer(pl.LightningModule):
         return parts
 
     def caption_ids(self, batch: dict[str, Any]) -> Tensor | None:
-        """(B,L) ids of one caption per picture, drawn by `long_captions`; None without text or captions."""
+        """(B,M,L) ids of M captions per picture, see `captions_by_length`; None without text or captions."""
         if self.tokenizer.text is None or self.global_step % self.tokenizer.text.every or not all(batch["captions"]):
             return None
-        u = torch.rand(len(batch["captions"]), 2).tolist()
-        chosen = [
-            max(captions, key=len) if a < self.long_captions else captions[int(b * len(captions))]
-            for captions, (a, b) in zip(batch["captions"], u, strict=True)
-        ]
-        return self.tokenizer.vocabulary.encode(chosen)[0].to(self.device)
+        count = self.captions_by_length
+        if count > 1:
+            ranked = [sorted(captions, key=len) for captions in batch["captions"]]
+            chosen = [by_length[i * (len(by_length) - 1) // (count - 1)] for by_length in ranked for i in range(count)]
+        else:
+            u = torch.rand(len(batch["captions"]), 2).tolist()
+            chosen = [
+                max(captions, key=len) if a < self.long_captions else captions[int(b * len(captions))]
+                for captions, (a, b) in zip(batch["captions"], u, strict=True)
+            ]
+        return self.tokenizer.vocabulary.encode(chosen)[0].unflatten(0, (-1, count)).to(self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = batch["images"]

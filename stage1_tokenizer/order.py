@@ -27,7 +27,7 @@ class PrefixLengths(Spec, nn.Module):
         super().__init__()
         if not 0 < share <= 1:
             raise ValueError(f"got share {share}, wanted a share of the batch within (0, 1].")
-        self.share, self.weight, self.start = share, weight, start
+        self.num_latents, self.share, self.weight, self.start = num_latents, share, weight, start
         p = torch.arange(1, max(num_latents, 2)).float() ** -exponent
         self.register_buffer("cumulative", (p / p.sum()).cumsum(0), persistent=False)
         self.cumulative: Tensor

@@ -237,15 +237,22 @@ class PrefixText(Spec, nn.Module):
         return self.tower.vocabulary
 
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """z (B,K,C), ids (B,L) -> {"text": weighted sum, "text_k<first length>": loss of the shortest prefix}."""
-        text = self.tower(ids)[:, None].expand(-1, len(self.lengths), -1)  # (B,P,E)
+        """z (B,K,C), ids (B,L) or (B,M,L) -> {"text": weighted sum, "text_k<first length>": loss of the shortest}.
+
+        Of M captions per picture, the first ones are for the shortest prefixes and the last ones for the longest.
+        """
+        ids = ids[:, None] if ids.ndim == 2 else ids  # (B,M,L)
+        batch, count = ids.shape[:2]
+        which = [round(i * (count - 1) / max(1, len(self.lengths) - 1)) for i in range(len(self.lengths))]
+        embedded = self.tower(ids.flatten(0, 1)).unflatten(0, (batch, count))  # (B,M,E)
+        equal = (ids[:, None] == ids[None]).all(-1).permute(2, 0, 1)  # (M,B,B)
         image = self.reader(z, self.lengths)  # (B,P,E)
-        same = (ids[:, None] == ids[None]).all(-1)  # (B,B)
-        each = self.contrast(image, text, same.expand(len(self.lengths), -1, -1))  # (P,), or (1,) of all together
+        each = self.contrast(image, embedded[:, which], equal[which])  # (P,), or (1,) of all together
         parts = {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}
         if self.captioner is not None:
-            drawn = torch.multinomial(self.weights, len(z), replacement=True)  # (B,) short prefixes more often
+            drawn = torch.multinomial(self.weights, batch, replacement=True)  # (B,) short prefixes more often
             k = torch.tensor(self.lengths, device=z.device)[drawn]
-            nats = self.captioner(z, keep_mask(k, z.shape[1]), ids)  # (B,L-1)
-            parts["caption"] = self.caption_weight * nats.sum() / (ids[:, 1:] != PAD).sum()
+            target = ids[torch.arange(batch, device=z.device), torch.tensor(which, device=z.device)[drawn]]  # (B,L)
+            nats = self.captioner(z, keep_mask(k, z.shape[1]), target)  # (B,L-1)
+            parts["caption"] = self.caption_weight * nats.sum() / (target[:, 1:] != PAD).sum()
         return parts

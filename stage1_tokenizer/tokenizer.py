@@ -56,8 +56,9 @@ class Tokenizer(Spec, nn.Module):
         linear_path: LinearPath | None = None,
     ):
         super().__init__()
-        for name, part in (("bottleneck", bottleneck), ("decoder", decoder)):
-            if part.num_latents != encoder.num_latents:
+        parts = {"bottleneck": bottleneck, "decoder": decoder, "lengths": lengths, "linear_path": linear_path}
+        for name, part in parts.items():
+            if part is not None and part.num_latents != encoder.num_latents:
                 raise ValueError(
                     f"encoder.num_latents is {encoder.num_latents} but {name}.num_latents is {part.num_latents}; "
                     "make them equal."
@@ -125,7 +126,7 @@ class Tokenizer(Spec, nn.Module):
     def losses(self, images: Tensor, ids: Tensor | None = None, step: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """(loss parts of one batch, full-length reconstructions (B,3,H,W) with their graph).
 
-        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L)
+        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L) or (B,M,L)
         caption tokens for the text part, None without; `step` counts optimiser steps.
         """
         shift = self.linear_path.encode(images, self.num_latents) if self.linear_path is not None else None

@@ -177,10 +177,11 @@ def test_damaged_or_foreign_folders_are_refused(tmp_path: Path) -> None:
         Tokenizer.from_pretrained(folder)
 
 
-def test_disagreeing_parts_are_refused_at_construction() -> None:
-    parts = tiny_tokenizer().spec["init_args"]
+@pytest.mark.parametrize("name", ["decoder", "bottleneck", "lengths", "linear_path"])
+def test_disagreeing_parts_are_refused_at_construction(name: str) -> None:
     from stage1_tokenizer.spec import build
 
-    parts["decoder"]["init_args"]["num_latents"] = K + 2
-    with pytest.raises(ValueError, match=r"encoder.num_latents is 6 but decoder.num_latents is 8"):
+    parts = tiny_tokenizer(linear_path=True).spec["init_args"]
+    parts[name]["init_args"]["num_latents"] = K + 2
+    with pytest.raises(ValueError, match=rf"encoder.num_latents is 6 but {name}.num_latents is 8"):
         build({"class_path": "stage1_tokenizer.tokenizer.Tokenizer", "init_args": parts})
