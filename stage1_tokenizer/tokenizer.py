@@ -126,8 +126,8 @@ class Tokenizer(Spec, nn.Module):
     def losses(self, images: Tensor, ids: Tensor | None = None, step: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """(loss parts of one batch, full-length reconstructions (B,3,H,W) with their graph).
 
-        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L) or (B,M,L)
-        caption tokens for the text part, None without; `step` counts optimiser steps.
+        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L) or
+        (B,M,L) caption tokens for the text part, None without; `step` counts optimiser steps.
         """
         shift = self.linear_path.encode(images, self.num_latents) if self.linear_path is not None else None
         z, parts = self.bottleneck(self.encoder(images), shift)  # (B,K,C)
