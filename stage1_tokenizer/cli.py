@@ -10,8 +10,8 @@ What differs from Lightning's own, each for a reason:
 * validate, test and predict load the exported folder, never a checkpoint: what is measured is what is handed on.
 * `precision: auto` picks bfloat16 where the hardware multiplies it, and says so; float16 on a CPU is refused.
 * `compile: true` compiles in place, so that the names of weights stay as they are.
-* `model` may name a subclass (class_path, init_args) and otherwise is the stage's lit module; a variant that trains
-  differently is an overlay that changes the class and keeps the arguments. Its options: --model.help.
+* `model` and `data` may name another class (class_path, init_args) and otherwise are the stage's own; a variant that
+  trains or reads differently is an overlay that changes the class and keeps the arguments. Options: --model.help.
 * A wrong key or value is answered with two lines, not with a page of usage.
 
 A lit module for this command line has: `networks` (nn.Module, what EMA averages), `export(folder)` (write the export
@@ -70,18 +70,19 @@ class UnspoolCLI(LightningCLI):
         prog: str,
         args: list[str] | None = None,
     ) -> None:
-        self.stage = stage
+        self.stage, self.default_classes = stage, {"model": model_class, "data": datamodule_class}
         word = next(iter(sys.argv[1:] if args is None else args), "")
         ShortErrorParser.command = f"{prog} {word}" if word in self.subcommands() else prog
         super().__init__(
             model_class,
-            datamodule_class,
+            pl.LightningDataModule,
             save_config_callback=None,  # config.yaml is written by `fit` alone
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             seed_everything_default=0,
             parser_kwargs={"prog": prog},
             parser_class=ShortErrorParser,
             subclass_mode_model=True,
+            subclass_mode_data=True,
             args=args,
             auto_configure_optimizers=False,
         )
@@ -98,8 +99,8 @@ class UnspoolCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
-        default = self._model_class
-        parser.set_defaults({"model": {"class_path": f"{default.__module__}.{default.__qualname__}"}})
+        for name, cls in self.default_classes.items():
+            parser.set_defaults({name: {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, required=True, help="Folder of this run, such as runs/demo.")

@@ -19,6 +19,7 @@ from stage1_tokenizer.adversarial import AdversarialLoss
 from stage1_tokenizer.card import tokenizer_card
 from stage1_tokenizer.losses import ImageLoss
 from stage1_tokenizer.metrics import psnr
+from stage1_tokenizer.open_clip_tower import OpenClipTower
 from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 from stage1_tokenizer.tokenizer import Tokenizer
 
@@ -113,6 +114,8 @@ class LitTokenizer(pl.LightningModule):
             self.tokenizer.start_from(Tokenizer.from_pretrained(self.init_from))
             return
         if self.tokenizer.text is not None:
+            if isinstance(self.tokenizer.text.tower, OpenClipTower):
+                self.tokenizer.text.tower.check_weights()
             left_out = self.tokenizer.vocabulary.fit(c for captions in self.data.captions("train") for c in captions)
             if left_out:
                 print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")

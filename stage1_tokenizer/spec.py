@@ -9,7 +9,7 @@ cannot name anything else.
 import functools
 import importlib
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -21,9 +21,14 @@ class SpecError(ValueError):
 
 
 class Spec:
-    """Mixin: `self.spec` is the plain JSON description of this object, taken from its constructor's arguments."""
+    """Mixin: `self.spec` is the plain JSON description of this object, taken from its constructor's arguments.
+
+    `unrecorded` names arguments that say where weights come from at the start, and the value that a description holds
+    instead: an export has its weights in it, and must not ask for a file of the machine that it was made on.
+    """
 
     spec: dict[str, Any]
+    unrecorded: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -39,6 +44,7 @@ class Spec:
                 bound = inspect.signature(original).bind(self, *args, **kw)
                 bound.apply_defaults()
                 arguments = {name: plain(value) for name, value in list(bound.arguments.items())[1:]}
+                arguments |= self.unrecorded
                 path = f"{type(self).__module__}.{type(self).__qualname__}"
                 object.__setattr__(self, "spec", {"class_path": path, "init_args": arguments})
             original(self, *args, **kw)

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stage1_tokenizer.captioner import PrefixCaptioner
 from stage1_tokenizer.layers import MATRIX, LayerNorm, Linears, linear, mark
+from stage1_tokenizer.open_clip_tower import OpenClipTower
 from stage1_tokenizer.order import keep_mask
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.vocabulary import END, PAD, CaptionVocabulary
@@ -70,7 +71,7 @@ class PrefixReader(Spec, nn.Module):
 
     def __init__(self, num_latents: int, latent_dim: int, width: int = 256, embed_dim: int = 128):
         super().__init__()
-        self.num_latents = num_latents
+        self.num_latents, self.embed_dim = num_latents, embed_dim
         self.position = Linears(num_latents, latent_dim, width)
         self.length = nn.Parameter(torch.randn(num_latents, width) * 0.5)
         self.norm = LayerNorm(width)
@@ -95,7 +96,7 @@ class QueryReader(Spec, nn.Module):
 
     def __init__(self, num_latents: int, latent_dim: int, width: int = 256, embed_dim: int = 128):
         super().__init__()
-        self.num_latents = num_latents
+        self.num_latents, self.embed_dim = num_latents, embed_dim
         self.position = Linears(num_latents, latent_dim, width)
         self.norm = LayerNorm(width)
         self.out = linear(width, embed_dim)
@@ -200,7 +201,7 @@ class PrefixText(Spec, nn.Module):
     """Everything text does to a tokenizer: tower, prefix reader, contrastive loss and its schedule over prefixes.
 
     Args:
-        tower: text tower, whose vocabulary encodes the captions.
+        tower: text tower, whose vocabulary encodes the captions; trained from scratch, or open_clip's pretrained one.
         reader: prefix reader, with the tower's embedding width.
         contrast: loss of image against text per prefix.
         lengths: prefix lengths in use; weights fall as 1 / (1 + log2 k).
@@ -212,7 +213,7 @@ class PrefixText(Spec, nn.Module):
 
     def __init__(
         self,
-        tower: TextTower,
+        tower: TextTower | OpenClipTower,
         reader: PrefixReader | QueryReader,
         contrast: SoftmaxContrast | SigmoidContrast | MaxOverQueries,
         lengths: list[int],
@@ -224,6 +225,10 @@ class PrefixText(Spec, nn.Module):
         super().__init__()
         if not lengths or min(lengths) < 1 or max(lengths) > reader.num_latents:
             raise ValueError(f"got lengths {lengths}, wanted prefix lengths within 1..{reader.num_latents}.")
+        if reader.embed_dim != tower.embed_dim:
+            raise ValueError(
+                f"reader.embed_dim is {reader.embed_dim} but the tower's is {tower.embed_dim}; make them equal."
+            )
         self.tower, self.reader, self.contrast = tower, reader, contrast
         self.lengths, self.every = sorted(lengths), every
         self.captioner, self.caption_weight = captioner, caption_weight

@@ -1,6 +1,7 @@
 """Any timm vision transformer as the patch trunk of an encoder."""
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -22,6 +23,7 @@ class TimmTrunk(Spec, nn.Module):
     Raises FileNotFoundError for a missing checkpoint, ValueError for a model that does not give a square patch grid.
     """
 
+    unrecorded: ClassVar[dict[str, Any]] = {"checkpoint": None, "pretrained": False}
     mean: Tensor
     std: Tensor
 

@@ -16,7 +16,7 @@ from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.lit_prior import LitPrior
 from stage2_prior.prior import Prior
 from stage2_prior.prior_data import PriorDataModule
-from tests.tiny import tiny_tokenizer
+from tests.tiny import TINY_CLIP, tiny_clip, tiny_tokenizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(p.stem for p in (CONFIGS / "stage1").glob("*.yaml"))
@@ -61,6 +61,11 @@ def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Pa
     configs = [f"--config={CONFIGS / 'stage1' / 'demo.yaml'}", f"--config={CONFIGS / 'variants' / (variant + '.yaml')}"]
     own = [f"--run_dir={tmp_path}", f"--data.data_dir={demo / 'data'}", "--model.statistics_images=16"]
     own += [f"--model.init_from={demo / 'tokenizer'}"] if variant == "flow_decoder" else []
+    if variant == "text_open_clip":
+        part = "--model.tokenizer.init_args.text.init_args"
+        own += [f"{part}.tower.init_args.checkpoint={tiny_clip(tmp_path)}", f"{part}.reader.init_args.embed_dim=24"]
+        own += [f"{part}.tower.init_args.model={TINY_CLIP}"]
+        own += [f"{part}.tower.init_args.vocabulary.init_args.context_length=20"]
     stage1("fit", *configs, *own, *SHRUNK, *EXTRA.get(variant, []))
     tokenizer, base = (Tokenizer.from_pretrained(folder / "tokenizer") for folder in (tmp_path, demo))
     if variant == "flow_decoder":

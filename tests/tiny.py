@@ -1,6 +1,11 @@
 """Small models that several tests share: real classes, sizes of a few thousand parameters."""
 
+import json
+from pathlib import Path
+
+import open_clip
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stage1_tokenizer.bottleneck import KLBottleneck
@@ -49,3 +54,20 @@ def pictures(n: int = 5, size: int = SIZE, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, 4, 4, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")
+
+
+TINY_CLIP = "tiny-clip"
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A CLIP model of a million parameters, known to open_clip as `TINY_CLIP`: its weights in a file of `folder`."""
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    (folder / f"{TINY_CLIP}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{TINY_CLIP}.json")
+    torch.manual_seed(3)
+    save_file(open_clip.create_model(TINY_CLIP).state_dict(), folder / "clip.safetensors")
+    return folder / "clip.safetensors"
