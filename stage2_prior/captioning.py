@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import END, PAD, START, CaptionVocabulary
 from stage2_prior.backbone import Backbone
+from stage2_prior.conditions import WORD_STD, CaptionWords, Condition
 from stage2_prior.contract import PriorError, Text
 from stage2_prior.heads import Head
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line
-from stage2_prior.prior import WORD_STD, CausalPrior
+from stage2_prior.prior import CausalPrior
 
 
 class CaptioningPrior(CausalPrior):
@@ -36,7 +37,7 @@ class CaptioningPrior(CausalPrior):
         self,
         num_latents: int,
         latent_dim: int,
-        vocabulary: CaptionVocabulary,
+        vocabulary: CaptionVocabulary | None,
         backbone: Backbone,
         head: Head,
         caption_dropout: float = 0.1,
@@ -44,8 +45,16 @@ class CaptioningPrior(CausalPrior):
         context_noise: float = 0.0,
         caption_weight: float = 0.1,
         caption_share: float = 0.25,
+        condition: Condition | None = None,
     ):
+        if condition is not None or vocabulary is None:
+            raise PriorError(
+                f"got condition {type(condition).__name__} for a CaptioningPrior, which reads lines out in the words of"
+                " its own vocabulary; give it a `vocabulary`, or use a CausalPrior for another `condition`."
+            )
         super().__init__(num_latents, latent_dim, vocabulary, backbone, head, caption_dropout, order, context_noise)
+        self.vocabulary: CaptionVocabulary
+        self.words: CaptionWords
         need = 2 * vocabulary.context_length + num_latents + 1
         if backbone.max_tokens < need:
             raise PriorError(f"backbone.max_tokens is {backbone.max_tokens}, wanted {need} for a caption at both ends.")

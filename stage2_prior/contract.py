@@ -1,14 +1,14 @@
 """The contract of all priors: caption -> a line of latents, and what they share whatever their transformer does.
 
 A prior belongs to one latent space. It keeps the tokenizer's fingerprint, and refuses latents or a tokenizer of another
-shape or with other statistics. Captions are rows of a `CaptionVocabulary`, fitted on the training captions; one more
-row, the null word, stands for "no caption", which is what an unconditional sample is asked with and what a share of the
-training captions is replaced by.
+shape or with other statistics. What a caption becomes in front of the line is up to a `Condition` (words of the prior's
+own by default); its null row stands for "no caption", which is what an unconditional sample is asked with and what a
+share of the training captions is replaced by.
 
 Letters: B batch, K latents, C latent channels, L caption tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.vocabulary import CaptionVocabulary
+from stage2_prior.conditions import Condition, TrainingData
 from stage2_prior.guidance import Guidance
 
 FINGERPRINT_LENGTH = 16
@@ -29,7 +30,7 @@ class PriorError(ValueError):
 
 @runtime_checkable
 class LatentSpace(Protocol):
-    """What a prior and its report ask of a tokenizer: identity, and latents back to pictures."""
+    """What a prior and its report ask of a tokenizer: identity, pictures to latents and back."""
 
     num_latents: int
     latent_dim: int
@@ -37,6 +38,8 @@ class LatentSpace(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -50,30 +53,30 @@ def load_space(path: str | Path, device: torch.device | str = "cpu") -> LatentSp
 
 
 class Text(NamedTuple):
-    """Captions as the prior reads them: ids (B,L) long, text_mask (B,L) bool, True = a real token."""
+    """Captions as the prior reads them: ids (B,L) long of its condition, text_mask (B,L) bool, True = a real token."""
 
     ids: Tensor
     text_mask: Tensor
 
 
 class Prior(Spec, nn.Module):
-    """Contract of all priors, and what they share: vocabulary, identity of the latent space, files, checks.
+    """Contract of all priors, and what they share: captions, identity of the latent space, files, checks.
 
     Args:
         num_latents, latent_dim: K and C of the tokenizer.
-        vocabulary: caption tokens; its rows are set by `fit_vocabulary` or taken from the tokenizer.
+        vocabulary: caption tokens, whose rows `prepare` sets, of a prior that learns its own words; else None.
         caption_dropout: share of captions replaced by the null word in training (guidance needs it), in [0, 1].
     """
 
     fingerprint_bytes: Tensor
+    words: Condition  # what captions become; set by every prior, of the width of its transformer
 
-    def __init__(self, num_latents: int, latent_dim: int, vocabulary: CaptionVocabulary, caption_dropout: float):
+    def __init__(self, num_latents: int, latent_dim: int, vocabulary: CaptionVocabulary | None, caption_dropout: float):
         super().__init__()
         if not 0 <= caption_dropout <= 1:
             raise PriorError(f"got caption_dropout={caption_dropout}, wanted a share from 0 to 1.")
         self.num_latents, self.latent_dim = num_latents, latent_dim
         self.vocabulary, self.caption_dropout = vocabulary, caption_dropout
-        self.null = vocabulary.rows  # the id one past the vocabulary
         self.register_buffer("fingerprint_bytes", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.uint8))
 
     # -- the contract -------------------------------------------------------------------------------------------------
@@ -154,9 +157,14 @@ class Prior(Spec, nn.Module):
 
     # -- captions -----------------------------------------------------------------------------------------------------
 
-    def fit_vocabulary(self, captions: Iterable[str]) -> int:
-        """Keep the most frequent tokens of `captions`; returns how many distinct tokens had no room."""
-        return self.vocabulary.fit(captions)
+    @property
+    def null(self) -> int:
+        """The id of "no caption"."""
+        return self.words.null
+
+    def prepare(self, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> str:
+        """As `Condition.prepare`: learn what captions become, before the first step."""
+        return self.words.prepare(data, tokenizer)
 
     def encode_text(self, captions: list[str]) -> Text:
         """Captions -> ids and mask on the prior's device. Raises PriorError for what is no string or empty."""
@@ -165,7 +173,12 @@ class Prior(Spec, nn.Module):
         for caption in captions:
             if not isinstance(caption, str) or not caption.strip():
                 raise PriorError(f"got the caption {caption!r:.40}, wanted a string with at least one word in it.")
-        return self.trim(Text(*self.vocabulary.encode(captions)))
+        return self.trim(Text(*self.words.encode(captions)))
+
+    def encode_samples(self, captions: list[str], labels: Tensor) -> Text:
+        """Captions of B training samples ("": none) and their labels (B,) (-1: none), null where they say nothing."""
+        *text, silent = self.words.encode_samples(captions, labels)
+        return self.without_caption(self.trim(Text(*text)), silent.to(text[0].device))
 
     @staticmethod
     def trim(text: Text) -> Text:
@@ -195,14 +208,15 @@ class Prior(Spec, nn.Module):
         """What a sampler asks with: text rows, the scale of every position, and the times at which guidance acts.
 
         Rows beyond the captions' own are their unconditional twins; there are none if no scale differs from 1, or if
-        all are 0 (then the null word takes the caption's place). Raises PriorError for a temperature out of range.
+        all are 0 or the condition is constant (then the null word takes the caption's place). Raises PriorError for a
+        temperature out of range.
         """
         if not 0 <= temperature < float("inf"):
             raise PriorError(f"got temperature={temperature}, wanted a finite number of at least 0.")
         schedule = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         scales, text = schedule.scales(self.num_latents), self.encode_text(captions)
         nobody = self.without_caption(text, torch.ones(len(captions), dtype=torch.bool, device=text.ids.device))
-        if not any(scales):
+        if not any(scales) or self.words.constant:
             return self.trim(nobody), [1.0] * self.num_latents, schedule.interval
         if any(w != 1 for w in scales):
             text = Text(torch.cat([text.ids, nobody.ids]), torch.cat([text.text_mask, nobody.text_mask]))

@@ -1,10 +1,12 @@
 """LightningModule of stage 2: optimiser, logging, files. What a prior computes is in `prior`, what a report says in
 `generation`; there are no formulas here.
 
-    fit       trains on latent shards (mean + std * noise, the posterior sampled anew in every step), exports prior/
+    fit       trains on latents (mean + std * noise, the posterior sampled anew in every step), exports prior/
     validate  the loss on the val split, with the same noise every time
     test      the generation report: generation/report.html, metrics.json, pictures
     predict   captions -> images/NAME.png and images/captions.json
+
+Latents come from latent shards, or, with a data module of pictures, from the frozen exported tokenizer in every step.
 """
 
 import json
@@ -16,10 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from data.datamodule import ImageDataModule
 from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 from stage2_prior.contract import LatentSpace, Prior, PriorError, Text, load_space
 from stage2_prior.generation import GenerationReport
-from stage2_prior.prior_data import PriorDataModule, longest
+from stage2_prior.prior_data import CaptionSource, longest
 
 
 class LitPrior(pl.LightningModule):
@@ -32,7 +35,8 @@ class LitPrior(pl.LightningModule):
         warmup_steps, flat_fraction: of the schedule (`optim.warmup_flat_cosine`).
         long_captions: share of training samples that use their longest caption; the others draw one of all.
         guidance, steps, temperature: of `predict`; see `Prior.sample`.
-        tokenizer_dir: exported tokenizer for test and predict; None: `tokenizer/` of the run.
+        tokenizer_dir: exported tokenizer, for test and predict, and for training on pictures or with its text tower;
+            None: `tokenizer/` of the run.
         report: what `test` measures.
     """
 
@@ -60,7 +64,11 @@ class LitPrior(pl.LightningModule):
         self.guidance, self.steps, self.temperature = guidance, steps, temperature
         self.tokenizer_dir, self.report = tokenizer_dir, report or GenerationReport()
         self.run_dir, self.stage_dir = Path("."), Path(".")  # given by the command line
-        self.tokenizer: LatentSpace | None = None
+        self.frozen: tuple[LatentSpace, ...] = ()  # the tokenizer; a tuple is no submodule: no checkpoint holds it
+
+    @property
+    def tokenizer(self) -> LatentSpace:
+        return self.frozen[0]
 
     @property
     def networks(self) -> nn.Module:
@@ -90,21 +98,71 @@ class LitPrior(pl.LightningModule):
             "images = tok.decode(z)  # (1, 3, H, W) in [-1, 1]\n```\n"
         )
 
+    def load_tokenizer(self) -> nn.Module:
+        """The exported tokenizer, on the CPU; loaded once."""
+        if not self.frozen:
+            self.frozen = (load_space(self.tokenizer_dir or self.run_dir / "tokenizer"),)
+        module = self.frozen[0]
+        assert isinstance(module, nn.Module), "load_space saw to it"
+        return module.requires_grad_(False)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Tie the prior to the latents at hand (fit, validate, test) or load the decoder (test, predict)."""
+        """Load the tokenizer where it is needed; tie the prior to the latents at hand (all but predict)."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if stage in ("fit", "validate", "test"):
+        from_pictures = isinstance(datamodule, ImageDataModule)
+        if stage in ("test", "predict") or from_pictures:
+            self.load_tokenizer()
+        if from_pictures and stage != "predict":
+            space = self.tokenizer
+            if datamodule.image_size != space.image_size:
+                raise PriorError(
+                    f"data.image_size is {datamodule.image_size}, but the tokenizer takes pictures of"
+                    f" {space.image_size} pixels; set data.image_size to that."
+                )
+            self.prior.bind(space.num_latents, space.latent_dim, space.fingerprint)
+        elif stage != "predict":
             info = datamodule.latent_info
             self.prior.bind(info["num_latents"], info["latent_dim"], info["tokenizer_fingerprint"])
         if stage == "fit":
-            left_out = self.prior.fit_vocabulary(datamodule.train_captions())
-            if left_out:
-                print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
+            note = self.prior.prepare(datamodule, self.load_tokenizer)
+            if note:
+                print(note)
         if stage in ("test", "predict"):
-            self.tokenizer = load_space(self.tokenizer_dir or self.run_dir / "tokenizer", self.device)
             self.prior.check(self.tokenizer)
+
+    def on_fit_start(self) -> None:
+        self.move_tokenizer()
+
+    def on_validation_start(self) -> None:
+        self.move_tokenizer()
+
+    def on_test_start(self) -> None:
+        self.move_tokenizer()
+
+    def on_predict_start(self) -> None:
+        """Also remove the pictures of an earlier `predict`, as far as its listing knows them."""
+        self.move_tokenizer()
+        folder = self.run_dir / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        listing = folder / "captions.json"
+        for name in json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else ():
+            (folder / name).unlink(missing_ok=True)
+        listing.unlink(missing_ok=True)
+
+    def move_tokenizer(self) -> None:
+        """It is no submodule, so Lightning leaves it where it is."""
+        if self.frozen:
+            self.load_tokenizer().to(self.device)
+
+    def posterior(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B,K,C) each, standardised: those of the shards, or of the batch's pictures."""
+        if "latents" in batch:
+            return batch["latents"], batch["latents_std"]
+        with torch.no_grad():
+            mean, std = self.tokenizer.posterior(batch["images"])
+        return mean.float(), std.float()
 
     def configure_optimizers(self) -> Any:
         optimizer = MuonAdamW(
@@ -119,7 +177,7 @@ class LitPrior(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        mean, std = batch["latents"], batch["latents_std"]
+        mean, std = self.posterior(batch)
         z = mean + std * torch.randn_like(mean)  # (B,K,C)
         parts = self.prior.objective(z, self.text(batch, self.long_captions))
         loss = torch.stack(list(parts.values())).sum()
@@ -130,7 +188,7 @@ class LitPrior(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         generator = torch.Generator(device=self.device).manual_seed(batch_idx)
-        mean, std = batch["latents"], batch["latents_std"]
+        mean, std = self.posterior(batch)
         z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
         loss = self.prior.losses(z, self.text(batch, longest_share=1.0), generator)  # (B,K)
         rows = len(loss)
@@ -139,15 +197,13 @@ class LitPrior(pl.LightningModule):
         self.log("val/loss_last", loss[:, -1].mean(), batch_size=rows, sync_dist=True)
 
     def text(self, batch: dict[str, Any], longest_share: float) -> Text:
-        """One caption per sample; a sample that has none is trained without (the null word)."""
+        """One caption per sample, or its label; a sample that has none is trained without (the null word)."""
         picks = torch.rand(len(batch["captions"]), 2).tolist()
         chosen = []
         for captions, (share, which) in zip(batch["captions"], picks, strict=True):
-            words = [c for c in captions if c.strip()] or ["?"]
+            words = [c for c in captions if c.strip()] or [""]
             chosen.append(longest(words) if share < longest_share else words[int(which * len(words))])
-        text = self.prior.encode_text(chosen)
-        missing = torch.tensor([not any(c.strip() for c in captions) for captions in batch["captions"]])
-        return self.prior.without_caption(text, missing.to(text.ids.device)) if bool(missing.any()) else text
+        return self.prior.encode_samples(chosen, batch["labels"])
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
@@ -156,22 +212,24 @@ class LitPrior(pl.LightningModule):
 
     def on_test_end(self) -> None:
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(datamodule, PriorDataModule) and self.tokenizer is not None, "setup ran before"
+        assert isinstance(datamodule, CaptionSource), "it has the captions that `fit` asked for"
         if self.trainer.is_global_zero:
             page = self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
             print(f"generation report: {page}", flush=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        assert self.tokenizer is not None, "setup ran before"
         captions = [c[0] for c in batch["captions"]]
         generator = torch.Generator(device=self.device).manual_seed(torch.initial_seed() + batch_idx)
         z = self.prior.sample(captions, self.guidance, self.steps, self.temperature, generator)
         folder = self.run_dir / "images"
-        folder.mkdir(parents=True, exist_ok=True)
         pixels = ((self.tokenizer.decode(z, generator) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
         for key, picture in zip(batch["keys"], pixels.numpy(), strict=True):
             Image.fromarray(picture).save(folder / f"{key}.png")
         listing = folder / "captions.json"
-        known = json.loads(listing.read_text(encoding="utf-8")) if batch_idx and listing.is_file() else {}
+        known = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
         known |= {f"{key}.png": caption for key, caption in zip(batch["keys"], captions, strict=True)}
         listing.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def on_predict_end(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"pictures: {self.run_dir / 'images'}, with their captions in captions.json", flush=True)

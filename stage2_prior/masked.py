@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
+from stage2_prior.conditions import WORD_STD, Condition, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads import Head
 from stage2_prior.orders import LearnedOrder, RandomOrder, bidirectional_mask, gather_line
-from stage2_prior.prior import WORD_STD, check_parts, token_positions, word_embedding
+from stage2_prior.prior import check_parts, token_positions
 
 
 class MaskedPrior(Prior):
@@ -32,7 +33,7 @@ class MaskedPrior(Prior):
 
     Args:
         num_latents, latent_dim, vocabulary, caption_dropout: as `Prior`.
-        backbone, head: as `CausalPrior`.
+        backbone, head, condition: as `CausalPrior`.
         sets: steps of sampling, 1 (all at once) to K (one by one).
         order: only the random one makes sense here; it is an argument so that a config says so.
     """
@@ -41,15 +42,17 @@ class MaskedPrior(Prior):
         self,
         num_latents: int,
         latent_dim: int,
-        vocabulary: CaptionVocabulary,
+        vocabulary: CaptionVocabulary | None,
         backbone: Backbone,
         head: Head,
         caption_dropout: float = 0.1,
         sets: int = 8,
         order: LearnedOrder | None = None,
+        condition: Condition | None = None,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
-        check_parts(head, backbone, latent_dim, vocabulary.context_length + num_latents)
+        words = words_of(vocabulary, condition, backbone.width)
+        check_parts(head, backbone, latent_dim, words.context_length + num_latents)
         if order is not None and not isinstance(order, RandomOrder):
             raise PriorError(
                 f"got order {type(order).__name__} for a MaskedPrior, which is trained on random sets; use RandomOrder,"
@@ -59,7 +62,7 @@ class MaskedPrior(Prior):
             raise PriorError(f"got sets={sets} for {num_latents} latents, wanted 1 (all at once) to {num_latents}.")
         self.backbone, self.head, self.sets = backbone, head, sets
         self.order = RandomOrder() if order is None else order
-        self.words = word_embedding(vocabulary, backbone.width)
+        self.words = words
         self.latent_in = nn.Linear(latent_dim, backbone.width)
         self.hidden = embedding(backbone.width, std=WORD_STD)  # the token of a latent that is not known yet
 
@@ -68,7 +71,7 @@ class MaskedPrior(Prior):
         line = torch.where(known[..., None], self.latent_in(z.float()).to(self.hidden.dtype), self.hidden)  # (B,K,D)
         x = torch.cat([self.words(text.ids), line], dim=1)  # (B,L+K,D)
         n_words = text.ids.shape[1]
-        positions = token_positions(n_words, self.vocabulary.context_length, self.num_latents, z.device)
+        positions = token_positions(n_words, self.words.context_length, self.num_latents, z.device)
         return self.backbone(x, positions, bidirectional_mask(text.text_mask, self.num_latents))[:, n_words:]
 
     def losses(self, z: Tensor, text: Text, generator: torch.Generator | None = None) -> Tensor:

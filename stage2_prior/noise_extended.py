@@ -19,11 +19,12 @@ from stage1_tokenizer.flow import interpolate, logit_normal_times, velocity
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
+from stage2_prior.conditions import WORD_STD, Condition, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
 from stage2_prior.head_nets import TIME_FEATURES, time_features
 from stage2_prior.orders import noise_extended_mask
-from stage2_prior.prior import WORD_STD, token_positions, word_embedding
+from stage2_prior.prior import token_positions
 from stage2_prior.samplers import Midpoint, Solver
 
 
@@ -32,6 +33,7 @@ class NoiseExtendedPrior(Prior):
 
     Args:
         num_latents, latent_dim, vocabulary, caption_dropout: as `Prior`.
+        condition: as `CausalPrior`.
         backbone: transformer with room for the caption's tokens and the K latents (a copy has its latent's position).
         copies: noise levels per latent and training step.
         solver: of `sample` (None: midpoint x 4).
@@ -41,24 +43,26 @@ class NoiseExtendedPrior(Prior):
         self,
         num_latents: int,
         latent_dim: int,
-        vocabulary: CaptionVocabulary,
+        vocabulary: CaptionVocabulary | None,
         backbone: Backbone,
         caption_dropout: float = 0.1,
         copies: int = 2,
         solver: Solver | None = None,
+        condition: Condition | None = None,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
         if copies < 1:
             raise PriorError(f"got copies={copies}, wanted at least 1 noisy copy of each latent.")
-        if backbone.max_tokens < vocabulary.context_length + num_latents:
+        words = words_of(vocabulary, condition, backbone.width)
+        if backbone.max_tokens < words.context_length + num_latents:
             raise PriorError(
                 f"backbone.max_tokens is {backbone.max_tokens}, but caption and line can have"
-                f" {vocabulary.context_length + num_latents} tokens; raise it."
+                f" {words.context_length + num_latents} tokens; raise it."
             )
         self.backbone, self.copies = backbone, copies
         self.solver: Solver = Midpoint() if solver is None else solver
         width = backbone.width
-        self.words = word_embedding(vocabulary, width)
+        self.words = words
         self.latent_in = nn.Linear(latent_dim, width)
         self.noisy_in = nn.Linear(latent_dim, width)
         self.kind = embedding(width, std=WORD_STD)  # says that a token is a noisy copy
@@ -77,7 +81,7 @@ class NoiseExtendedPrior(Prior):
         copies, n_words, k = x_t.shape[1], text.ids.shape[1], self.num_latents
         noisy = self.copy_tokens(x_t, t).flatten(1, 2)  # (B,S K,D)
         x = torch.cat([self.words(text.ids), self.latent_in(z.float()), noisy], dim=1)  # (B,L+K+S K,D)
-        at = token_positions(n_words, self.vocabulary.context_length, k, z.device)
+        at = token_positions(n_words, self.words.context_length, k, z.device)
         positions = torch.cat([at, at[n_words:].repeat(copies)])
         h = self.backbone(x, positions, noise_extended_mask(text.text_mask, k, copies))
         return self.out(h[:, n_words + k :]).float().unflatten(1, (copies, k))  # (B,S,K,C)
@@ -104,7 +108,7 @@ class NoiseExtendedPrior(Prior):
         solver = self.solver if steps is None else self.solver.with_evaluations(steps)
         m, rows, n_words = len(captions), len(text.ids), text.ids.shape[1]
         device = text.ids.device
-        positions = token_positions(n_words, self.vocabulary.context_length, self.num_latents, device)
+        positions = token_positions(n_words, self.words.context_length, self.num_latents, device)
         mask = noise_extended_mask(
             text.text_mask, self.num_latents, 1
         )  # its first L+K rows and columns are the clean ones

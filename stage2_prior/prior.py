@@ -1,9 +1,10 @@
 """The causal prior: caption -> a line of latents, drawn one after another; and how likely a given line is.
 
-    caption --vocabulary--> words (bidirectional) | start, z_1, ..., z_{K-1} (causal) --backbone--> cond_1 ... cond_K
+    caption --condition--> words (bidirectional) | start, z_1, ..., z_{K-1} (causal) --backbone--> cond_1 ... cond_K
     cond_i --head--> z_i          training: head.loss(cond_i, z_i)          sampling: head.sample(cond_i), with a cache
 
 The caption's words are a prefix of the same sequence instead of one pooled vector: attributes then find their object.
+What the words are (an embedding of the prior's own, a text tower's features, a class, nothing) is up to `conditions`.
 Words see all words, latents see all words and earlier latents, nobody sees padding.
 
 Guided and unguided rows are two rows of one batch that share every sampled latent (a test asserts it); where no scale
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
+from stage2_prior.conditions import WORD_STD, Condition, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads import FlowHead, Head
@@ -26,14 +28,13 @@ from stage2_prior.orders import LearnedOrder, causal_mask, gather_line, scatter_
 
 __all__ = ["CausalPrior", "Prior", "PriorError", "Text"]
 
-WORD_STD = 0.7
-
 
 class CausalPrior(Prior):
     """One latent after another.
 
     Args:
         num_latents, latent_dim, vocabulary, caption_dropout: as `Prior`.
+        condition: what captions become, in place of a vocabulary.
         backbone: transformer with room for the caption's and the line's tokens.
         head: distribution of one latent given its condition row.
         order: which position is modelled when (None: the tokenizer's order).
@@ -45,21 +46,23 @@ class CausalPrior(Prior):
         self,
         num_latents: int,
         latent_dim: int,
-        vocabulary: CaptionVocabulary,
+        vocabulary: CaptionVocabulary | None,
         backbone: Backbone,
         head: Head,
         caption_dropout: float = 0.1,
         order: LearnedOrder | None = None,
         context_noise: float = 0.0,
+        condition: Condition | None = None,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
-        check_parts(head, backbone, latent_dim, vocabulary.context_length + num_latents)
+        words = words_of(vocabulary, condition, backbone.width)
+        check_parts(head, backbone, latent_dim, words.context_length + num_latents)
         if not 0 <= context_noise < float("inf"):
             raise PriorError(f"got context_noise={context_noise}, wanted a standard deviation of at least 0.")
         self.backbone, self.head, self.context_noise = backbone, head, context_noise
         self.order = LearnedOrder() if order is None else order
         self.order.positions(num_latents)  # raises if the order is for another line
-        self.words = word_embedding(vocabulary, backbone.width)
+        self.words = words
         self.start = embedding(backbone.width, std=WORD_STD)
         self.latent_in = nn.Linear(latent_dim, backbone.width)
         # Where the order varies, a token must be told which position comes next; where it is fixed, its place says so.
@@ -103,7 +106,7 @@ class CausalPrior(Prior):
 
     def token_positions(self, n_words: int) -> Tensor:
         """(L+K,) positions: words from 0, latents from `context_length`, however long the caption is."""
-        return token_positions(n_words, self.vocabulary.context_length, self.num_latents, self.start.device)
+        return token_positions(n_words, self.words.context_length, self.num_latents, self.start.device)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
@@ -166,13 +169,6 @@ class CausalPrior(Prior):
         cond = self.line_conditions(line, text, order).flatten(0, 1)  # (B K,D)
         found = flow_log_prob(self.head, cond, line.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])
         return scatter_line(found, order)  # (B,K)
-
-
-def word_embedding(vocabulary: CaptionVocabulary, width: int) -> nn.Embedding:
-    """Embedding of the vocabulary's rows and, last, of the null word."""
-    words = nn.Embedding(vocabulary.rows + 1, width)
-    nn.init.normal_(words.weight, std=WORD_STD)
-    return words
 
 
 def token_positions(n_words: int, context_length: int, n_line: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""What stage 2 reads: latent shards to train on, and a text file of captions to make pictures from.
+"""What stage 2 reads: latent or image shards to train on, and a text file of captions to make pictures from.
 
 A captions file has one caption per line; blank lines and lines that start with # are skipped. Each caption becomes a
 batch entry like those of the latent shards (`captions`, `keys`), so that `predict` needs to know only one kind.
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from data.datamodule import LatentDataModule
+from data.datamodule import ImageDataModule, LatentDataModule, ShardDataModule
 from data.schema import DataError
 
 MAX_CAPTION_BYTES = 1_000_000
@@ -33,7 +33,33 @@ class CaptionBatches(Dataset[dict[str, Any]]):
         return {"captions": [[c] for c in chosen], "keys": [f"{start + i:05d}" for i in range(len(chosen))]}
 
 
-class PriorDataModule(LatentDataModule):
+class CaptionSource(ShardDataModule):
+    """Mixin of the modules below: captions to learn words from, and a file of captions to predict from."""
+
+    captions_file: str | None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check what the stage needs: captions alone are enough to predict from a file."""
+        if stage == "predict" and self.captions_file is not None:
+            read_captions(self.captions_file)
+        else:
+            super().setup(stage)
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """The captions file, or the captions of `predict_splits`."""
+        if self.captions_file is not None:
+            captions = read_captions(self.captions_file)
+        else:
+            captions = [longest(c) for split in self.predict_splits for c in self.captions(split) if c]
+        return [DataLoader(CaptionBatches(captions, self.val_batch_size), batch_size=None)]
+
+    def train_captions(self) -> Iterator[str]:
+        """Every caption of the training split, one after another."""
+        for captions in self.captions("train"):
+            yield from captions
+
+
+class PriorDataModule(CaptionSource, LatentDataModule):
     """Latent shards (see `LatentDataModule`), and for `predict` a file of captions.
 
     Args:
@@ -56,25 +82,31 @@ class PriorDataModule(LatentDataModule):
         super().__init__(data_dir, batch_size, val_batch_size, num_workers, seed, in_memory, drop_last, predict_splits)
         self.captions_file = captions_file
 
-    def setup(self, stage: str | None = None) -> None:
-        """Check what the stage needs: captions alone are enough to predict from a file."""
-        if stage == "predict" and self.captions_file is not None:
-            read_captions(self.captions_file)
-        else:
-            super().setup(stage)
 
-    def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """The captions file, or the captions of `predict_splits`."""
-        if self.captions_file is not None:
-            captions = read_captions(self.captions_file)
-        else:
-            captions = [longest(c) for split in self.predict_splits for c in self.captions(split) if c]
-        return [DataLoader(CaptionBatches(captions, self.val_batch_size), batch_size=None)]
+class PriorImageModule(CaptionSource, ImageDataModule):
+    """Image shards, which the lit module encodes in the step (see `ImageDataModule`); the rest as `PriorDataModule`.
 
-    def train_captions(self) -> Iterator[str]:
-        """Every caption of the training split, one after another."""
-        for captions in self.captions("train"):
-            yield from captions
+    For pictures that are seen flipped, or too many to be kept as latents: it costs the encoder in every step.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        batch_size: int = 80,
+        val_batch_size: int | None = 250,
+        image_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        in_memory: bool | None = None,
+        drop_last: bool = True,
+        predict_splits: Sequence[str] = ("val",),
+        flip: float = 0.0,
+        val_fraction: float = 0.05,
+        captions_file: str | None = None,
+    ) -> None:
+        shared = (num_workers, seed, in_memory, drop_last, predict_splits)
+        super().__init__(data_dir, batch_size, val_batch_size, image_size, *shared, flip, val_fraction)
+        self.captions_file = captions_file
 
 
 def longest(captions: list[str]) -> str:

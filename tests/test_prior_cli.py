@@ -95,7 +95,7 @@ def test_fit_exports_a_prior_of_these_latents(run_dir: Path) -> None:
     prior = Prior.from_pretrained(run_dir / "prior")
     tokenizer = Tokenizer.from_pretrained(run_dir / "tokenizer")
     prior.check(tokenizer)
-    assert prior.vocabulary.size > 20
+    assert prior.vocabulary is not None and prior.vocabulary.size > 20
     z = prior.sample(["a large red circle in the center on a white background"])
     assert tokenizer.decode(z).shape == (1, 3, SIZE, SIZE)
     lines = [json.loads(line) for line in (run_dir / "stage2" / "metrics.jsonl").read_text().splitlines()]
@@ -206,6 +206,6 @@ def test_bad_caption_files_get_one_sentence(tmp_path: Path, content: bytes | Non
 
 def test_samples_without_a_caption_train_the_null_word(run_dir: Path) -> None:
     prior = Prior.from_pretrained(run_dir / "prior")
-    text = LitPrior(prior).text({"captions": [["a red circle"], [], [""]]}, 1.0)
+    text = LitPrior(prior).text({"captions": [["a red circle"], [], [""]], "labels": torch.full((3,), -1)}, 1.0)
     assert text.ids[1, 0] == prior.null and text.ids[2, 0] == prior.null and text.ids[0, 0] != prior.null
     assert text.text_mask.sum(1).tolist()[1:] == [1, 1]
