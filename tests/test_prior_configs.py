@@ -6,50 +6,72 @@ import pytest
 import torch
 import yaml
 
+from data.__main__ import main as data_main
 from data.latents import LatentShardWriter, write_latent_manifest
+from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.cli import run_cli
+from stage1_tokenizer.spec import build
 from stage2_prior import Prior
 from stage2_prior.lit_prior import LitPrior
 from stage2_prior.prior_data import PriorDataModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-DEMO = CONFIGS / "stage2" / "demo.yaml"
 OVERLAYS = [None, *sorted((CONFIGS / "variants").glob("prior_*.yaml"))]
 SIZE = (16, 16)
+CAPTIONS = ["a photo of a cat", "a red circle on a white background"]
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few random latents of the demo's size."""
-    folder = tmp_path_factory.mktemp("latents")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few random latents of the demo's size, a few pictures, and the demo's tokenizer, untrained."""
+    folder = tmp_path_factory.mktemp("run")
     for split, n in (("train", 12), ("val", 4)):
-        with LatentShardWriter(folder, split) as writer:
+        with LatentShardWriter(folder / "latents", split) as writer:
             for i in range(n):
-                writer.write(f"{i:03d}", torch.randn(SIZE), torch.rand(SIZE), ["a red circle", "a circle"], {})
-    write_latent_manifest(folder, *SIZE, "0123456789abcdef")
+                writer.write(f"{i:03d}", torch.randn(SIZE), torch.rand(SIZE), CAPTIONS, {}, label=i % 10)
+    tokenizer = build(yaml.safe_load((CONFIGS / "stage1" / "demo.yaml").read_text())["model"]["tokenizer"])
+    assert isinstance(tokenizer, Tokenizer) and (tokenizer.num_latents, tokenizer.latent_dim) == SIZE
+    tokenizer.vocabulary.fit(CAPTIONS)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_latent_manifest(folder / "latents", *SIZE, tokenizer.fingerprint)
+    words = ["prepare", "--source", "scenes", "--num", "24", "--val-fraction", "0.25", "--workers", "1"]
+    assert data_main([*words, "--out", str(folder / "data")]) == 0
     return folder
 
 
+def base_of(overlay: Path | None) -> Path:
+    """The config that the overlay's first line names."""
+    if overlay is None:
+        return CONFIGS / "stage2" / "demo.yaml"
+    return CONFIGS.parent / overlay.read_text().splitlines()[0].removeprefix("# Over ").split(":")[0]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem if p else "plain")
-def test_demo_prior_takes_two_steps(overlay: Path | None, latents: Path, tmp_path: Path) -> None:
-    files = ["--config", str(DEMO), *(["--config", str(overlay)] if overlay else [])]
+def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) -> None:
+    changes = yaml.safe_load(overlay.read_text()) if overlay else {}
+    from_pictures = "data" in changes
+    files = ["--config", str(base_of(overlay)), *(["--config", str(overlay)] if overlay else [])]
     options = {
         "run_dir": tmp_path,
-        "data.data_dir": latents,
+        "data.data_dir": run / ("data" if from_pictures else "latents"),
         "data.batch_size": 4,
+        "model.tokenizer_dir": run / "tokenizer",
         "trainer.max_steps": 2,
         "trainer.limit_val_batches": 0,
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
     }
-    run_cli("stage2", LitPrior, PriorDataModule, "stage2", ["fit", *files, *(f"--{k}={v}" for k, v in options.items())])
+    cli = run_cli(
+        "stage2", LitPrior, PriorDataModule, "stage2", ["fit", *files, *(f"--{k}={v}" for k, v in options.items())]
+    )
+    assert not any("encoder" in name for name in cli.model.state_dict())  # a checkpoint holds no tokenizer
     prior = Prior.from_pretrained(tmp_path / "prior")
-    text = prior.encode_text(["a red circle"])
+    text = prior.encode_text(["a photo of a cat"])
     assert prior.losses(torch.randn(1, prior.num_latents, prior.latent_dim), text).isfinite().all()
-    if overlay is not None:
-        wanted = yaml.safe_load(overlay.read_text())["model"]["prior"]
-        assert wanted.get("class_path", prior.spec["class_path"]) == prior.spec["class_path"]
-        assert subset(wanted.get("init_args", {}), prior.spec["init_args"])  # the overlay arrived
+    wanted = changes.get("model", {}).get("prior", {})
+    assert wanted.get("class_path", prior.spec["class_path"]) == prior.spec["class_path"]
+    assert subset(wanted.get("init_args", {}), prior.spec["init_args"])  # the overlay arrived
+    assert type(cli.datamodule).__name__ == ("PriorImageModule" if from_pictures else "PriorDataModule")
 
 
 def subset(wanted: object, found: object) -> bool:
