@@ -15,11 +15,14 @@ length, and are never grown.
 Letters: B batch, n new tokens, m tokens visible in all, D width, H heads, d = D / H.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from stage1_tokenizer.layers import MLP, Attention, LayerNorm, attend, embedding, linear
@@ -62,7 +65,12 @@ class CachedBlock(nn.Module):
         self.attention, self.mlp = Attention(width, heads), mlp
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, turn: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        mask: Tensor | BlockMask | None,
+        cache: Cache | None,
+        layer: int,
+        turn: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         a, h = self.attention, self.attention_norm(x)
         q, k, v = a.q_norm(a.split(a.q(h))), a.k_norm(a.split(a.k(h))), a.split(a.v(h))  # (B,H,n,d)
@@ -72,7 +80,10 @@ class CachedBlock(nn.Module):
             start, end = cache.length, cache.length + x.shape[1]
             cache.keys[layer][:, :, start:end], cache.values[layer][:, :, start:end] = k, v
             k, v = cache.keys[layer][:, :, :end].to(q.dtype), cache.values[layer][:, :, :end].to(v.dtype)  # (B,H,m,d)
-        y = attend_one(q, k, v, mask) if q.shape[2] == 1 else attend(q, k, v, mask)  # (B,H,n,d)
+        if isinstance(mask, BlockMask):
+            y = flex(q.device.type)(q, k, v, block_mask=mask)  # (B,H,n,d)
+        else:
+            y = attend_one(q, k, v, mask) if q.shape[2] == 1 else attend(q, k, v, mask)  # (B,H,n,d)
         x = x + a.out(y.transpose(1, 2).flatten(2))  # (B,n,D)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -121,8 +132,11 @@ class Backbone(Spec, nn.Module):
 
         return Cache(buffers(), buffers())
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """x (B,n,D), positions (n,) long, bool mask broadcast to (B,1,n,m), True = visible -> normalised (B,n,D)."""
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | BlockMask | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """x (B,n,D), positions (n,) long -> normalised (B,n,D). Mask: bool, broadcast to (B,1,n,m), True = visible; or
+        one of FlexAttention."""
         if self.position is not None:
             x = x + self.position[positions]
         turn = self.turn(positions)
@@ -153,6 +167,13 @@ class RotaryBackbone(Backbone):
         rates = 1000.0 ** (-torch.arange(half, device=positions.device) / half)
         angles = positions[:, None] * rates  # (n,d/2)
         return angles.cos(), angles.sin()
+
+
+@lru_cache
+def flex(device_type: str) -> Callable[..., Tensor]:
+    """FlexAttention (Dong et al. 2024): compiled on an accelerator; elsewhere unfused, without a backward."""
+    plain: Callable[..., Tensor] = flex_attention
+    return plain if device_type == "cpu" else torch.compile(plain, dynamic=False)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

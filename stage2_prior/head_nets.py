@@ -1,6 +1,6 @@
 """The small networks inside a head: noisy latent, time and condition in, one latent-sized answer out.
 
-Both are residual MLPs whose normalised input is scaled, shifted and gated (adaLN, Peebles & Xie 2023; as a per-token
+All are residual MLPs whose normalised input is scaled, shifted and gated (adaLN, Peebles & Xie 2023; as a per-token
 head: Li et al. 2024, "MAR"). They differ in what a call of the solver must recompute:
 
 * `AdaLNNet` modulates with a matrix of silu(time + condition). All of it is new in every call, and it is more than half
@@ -8,6 +8,8 @@ head: Li et al. 2024, "MAR"). They differ in what a call of the solver must reco
 * `HoistedNet` keeps the two apart. What depends on t is a function of one number: one table row per point of the
   solver's grid, the same for all rows, latents and pictures. What depends on the condition is projected once per
   latent. A call of the solver is left with two small matrices per block, about a third of the arithmetic.
+* `AddedConditionNet` adds the condition once, to the embedded latent. Scale, shift and gate are time's alone: in
+  sampling they are the gain and bias of a plain LayerNorm, and the condition costs one small matrix per latent.
 
 Three verbs, so that a caller can do each as seldom as possible: `time(t)`, `condition(c)`, `forward(x, time,
 condition)`. Leading dimensions broadcast: (S draws, M rows) in training, (M rows) against one time in sampling.
@@ -55,23 +57,35 @@ class Modulation(NamedTuple):
     last: tuple[Tensor, Tensor]
 
 
-class HeadNet(Spec, nn.Module):
-    """What both networks share: input and output matrices and the modulated residual blocks."""
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalised x (..., w), scaled and shifted; one kernel where scale and shift (w,) are the same for all rows."""
+    if scale.ndim == shift.ndim == 1:
+        return F.layer_norm(x, scale.shape, scale, shift)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int):
+
+class HeadNet(Spec, nn.Module):
+    """What all networks share: input and output matrices and the modulated residual blocks.
+
+    Args:
+        latent_dim, cond_dim, width, depth: C, D, w and the number of blocks.
+        answers: latent-sized vectors that the network gives, one behind the other; a learned variance needs a second.
+    """
+
+    def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int, answers: int = 1):
         super().__init__()
         self.latent_dim, self.cond_dim, self.width, self.depth = latent_dim, cond_dim, width, depth
+        self.answers = answers
         self.embed = nn.Linear(latent_dim, width)
         self.blocks = nn.ModuleList(Branch(width) for _ in range(depth))
-        self.out = nn.Linear(width, latent_dim)
+        self.out = nn.Linear(width, answers * latent_dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def run(self, x: Tensor, modulation: Modulation) -> Tensor:
         for block, (scale, shift, gate) in zip(self.blocks, modulation.blocks, strict=True):
-            x = x + gate * block(torch.addcmul(shift, F.layer_norm(x, (self.width,)), scale))  # (...,w)
-        scale, shift = modulation.last
-        return self.out(torch.addcmul(shift, F.layer_norm(x, (self.width,)), scale))  # (...,C)
+            x = torch.addcmul(x, gate, block(modulated(x, scale, shift)))  # (...,w)
+        return self.out(modulated(x, *modulation.last))  # (...,C), or (...,answers C)
 
     def time(self, t: Tensor) -> Tensor:
         """All that depends on t alone: t (...) -> (..., features of this network)."""
@@ -85,8 +99,8 @@ class HeadNet(Spec, nn.Module):
 class AdaLNNet(HeadNet):
     """Full adaLN of time and condition together."""
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3):
-        super().__init__(latent_dim, cond_dim, width, depth)
+    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3, answers: int = 1):
+        super().__init__(latent_dim, cond_dim, width, depth, answers)
         self.time_in, self.time_out = nn.Linear(TIME_FEATURES, width), nn.Linear(width, width)
         self.cond_in = nn.Linear(cond_dim, width)
         self.modulate = nn.Linear(width, (3 * depth + 2) * width)
@@ -105,14 +119,17 @@ class AdaLNNet(HeadNet):
         return self.run(self.embed(x), Modulation(blocks, (1 + parts[-2], parts[-1])))
 
 
-class HoistedNet(HeadNet):
-    """Time as a table, condition projected once per latent: scale and shift are sums of both, the gate is time's."""
+class TabulatedNet(HeadNet):
+    """Time as a table of every block's scale, shift and gate; the condition as `cond_parts` vectors of w, once.
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3):
-        super().__init__(latent_dim, cond_dim, width, depth)
+    The base of the two networks below, which differ in where the condition goes.
+    """
+
+    def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int, answers: int, cond_parts: int):
+        super().__init__(latent_dim, cond_dim, width, depth, answers)
         self.time_in = nn.Linear(TIME_FEATURES, width)
         self.time_out = nn.Linear(width, (3 * depth + 2) * width)
-        self.cond_in = nn.Linear(cond_dim, (2 * depth + 3) * width)
+        self.cond_in = nn.Linear(cond_dim, cond_parts * width)
         for layer in (self.time_out, self.cond_in):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.time_out.weight)
@@ -121,7 +138,14 @@ class HoistedNet(HeadNet):
         return self.time_out(F.silu(self.time_in(time_features(t))))  # (...,(3 depth + 2) w)
 
     def condition(self, c: Tensor) -> Tensor:
-        return self.cond_in(c)  # (...,(2 depth + 3) w)
+        return self.cond_in(c)  # (...,cond_parts w)
+
+
+class HoistedNet(TabulatedNet):
+    """Condition in every block: scale and shift are sums of time's and its own, the gate is time's."""
+
+    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3, answers: int = 1):
+        super().__init__(latent_dim, cond_dim, width, depth, answers, cond_parts=2 * depth + 3)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         n = self.depth
@@ -132,3 +156,15 @@ class HoistedNet(HeadNet):
         ]
         last = (1 + times[-2] + conds[-3], times[-1] + conds[-2])
         return self.run(self.embed(x) + conds[-1], Modulation(blocks, last))
+
+
+class AddedConditionNet(TabulatedNet):
+    """Condition added to the embedded latent and nowhere else; scale, shift and gate are time's."""
+
+    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3, answers: int = 1):
+        super().__init__(latent_dim, cond_dim, width, depth, answers, cond_parts=1)
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        parts = time.chunk(3 * self.depth + 2, dim=-1)  # each (...,w)
+        blocks = [(1 + parts[3 * i], parts[3 * i + 1], parts[3 * i + 2]) for i in range(self.depth)]
+        return self.run(self.embed(x) + condition, Modulation(blocks, (1 + parts[-2], parts[-1])))

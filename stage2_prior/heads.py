@@ -17,6 +17,7 @@ Letters: M rows, C latent channels, D condition width, S draws of t.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,73 @@ class Head(Spec, nn.Module):
         raise NotImplementedError
 
 
+def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+    """The condition rows that a guided step needs: cond, uncond or both. Raises HeadError if one is missing."""
+    if guidance == 1.0:
+        return cond
+    if uncond is None:
+        raise HeadError(f"got guidance={guidance} without unconditional rows, wanted them, or guidance=1.")
+    return uncond if guidance == 0.0 else torch.cat([cond, uncond])
+
+
+class SolverHead(Head):
+    """What heads share that walk from noise to a latent along their network's answers.
+
+    Args:
+        net: the network, with latent width C and condition width D.
+        solver: default solver of `sample`.
+        draws: draws of t per latent and training step.
+    """
+
+    def __init__(self, net: HeadNet, solver: Solver, draws: int):
+        super().__init__()
+        if draws < 1:
+            raise HeadError(f"got draws={draws}, wanted at least 1 draw of t per latent.")
+        self.net, self.latent_dim, self.cond_dim = net, net.latent_dim, net.cond_dim
+        self.solver, self.draws = solver, draws
+
+    def field(self, x: Tensor, answer: Tensor, t: float) -> Any:
+        """What the solver asks for at x (M, C) and t, from the network's answer there, float32."""
+        raise NotImplementedError
+
+    def guided(self, answer_c: Tensor, answer_u: Tensor, guidance: float) -> Tensor:
+        """The two answers as one; every answer is linear in the velocity, so that it may be guided in its place."""
+        return torch.lerp(answer_u, answer_c, guidance)
+
+    def plan(self, steps: int | None = None) -> Plan:
+        solver = self.solver if steps is None else self.solver.with_evaluations(steps)
+        times = solver.times()
+        rows = self.net.time(torch.tensor(times, device=self.net.out.weight.device))  # (T,·)
+        return Plan(solver, dict(zip(times, rows, strict=True)), len(times))
+
+    def sample(
+        self,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        guidance: float = 1.0,
+        *,
+        interval: tuple[float, float] = (0.0, 1.0),
+        plan: Plan | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        plan = self.plan() if plan is None else plan
+        rows = guided_rows(cond, uncond, guidance)
+        condition = self.net.condition(rows)  # (M,·) or, guided, (2M,·)
+        m, guided = len(cond), len(rows) > len(cond)
+
+        def field(x: Tensor, t: float) -> Any:
+            time = plan.table[t]
+            if not (guided and interval[0] <= t <= interval[1]):
+                return self.field(x, self.net(x, time, condition[:m]).float(), t)
+            answer_c, answer_u = self.net(torch.cat([x, x]), time, condition).float().chunk(2)
+            return self.field(x, self.guided(answer_c, answer_u, guidance), t)
+
+        noise = torch.randn(m, self.latent_dim, generator=generator, device=cond.device) * temperature
+        assert plan.solver is not None, "the plan of a head with a solver"
+        return plan.solver(field, noise, generator, temperature)
+
+
 class VelocityOutput(Spec, nn.Module):
     """The network's answer is v itself."""
 
@@ -93,7 +161,7 @@ class NoiseOutput(Spec, nn.Module):
 Output = VelocityOutput | CleanOutput | NoiseOutput
 
 
-class FlowHead(Head):
+class FlowHead(SolverHead):
     """Velocity regression on the linear path.
 
     Args:
@@ -116,16 +184,14 @@ class FlowHead(Head):
         time_std: float = 1.0,
         rows_per_time: int = 1,
     ):
-        super().__init__()
-        if draws < 1 or rows_per_time < 1 or time_std <= 0:
+        super().__init__(net, Midpoint() if solver is None else solver, draws)
+        if rows_per_time < 1 or time_std <= 0 or net.answers != 1:
             raise HeadError(
-                f"got draws={draws}, rows_per_time={rows_per_time}, time_std={time_std}; want the first two at least 1"
-                " and time_std above 0."
+                f"got rows_per_time={rows_per_time}, time_std={time_std} and a network with {net.answers} answers; want"
+                " rows_per_time at least 1, time_std above 0 and 1 answer, the velocity."
             )
-        self.net, self.latent_dim, self.cond_dim = net, net.latent_dim, net.cond_dim
         self.output: Output = VelocityOutput() if output is None else output
-        self.solver: Solver = Midpoint() if solver is None else solver
-        self.draws, self.time_mean, self.time_std, self.rows_per_time = draws, time_mean, time_std, rows_per_time
+        self.time_mean, self.time_std, self.rows_per_time = time_mean, time_std, rows_per_time
 
     def loss(self, cond: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
         rows, shared = target.shape[0], self.rows_per_time
@@ -147,47 +213,8 @@ class FlowHead(Head):
         """The field at x (M, C) and t, float32, from the network's prepared time and condition."""
         return self.output(x, self.net(x, time, condition).float(), t)
 
-    def plan(self, steps: int | None = None) -> Plan:
-        solver = self.solver if steps is None else self.solver.with_evaluations(steps)
-        times = solver.times()
-        rows = self.net.time(torch.tensor(times, device=self.net.out.weight.device))  # (T,·)
-        return Plan(solver, dict(zip(times, rows, strict=True)), len(times))
-
-    def sample(
-        self,
-        cond: Tensor,
-        uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        *,
-        interval: tuple[float, float] = (0.0, 1.0),
-        plan: Plan | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        plan = self.plan() if plan is None else plan
-        rows = guided_rows(cond, uncond, guidance)
-        condition = self.net.condition(rows)  # (M,·) or, guided, (2M,·)
-        m, guided = len(cond), len(rows) > len(cond)
-
-        def field(x: Tensor, t: float) -> Tensor:
-            time = plan.table[t]
-            if not (guided and interval[0] <= t <= interval[1]):
-                return self.velocity(x, time, condition[:m], t)
-            v_c, v_u = self.velocity(torch.cat([x, x]), time, condition, t).chunk(2)
-            return torch.lerp(v_u, v_c, guidance)
-
-        noise = torch.randn(m, self.latent_dim, generator=generator, device=cond.device) * temperature
-        assert plan.solver is not None, "a flow head's plan has a solver"
-        return plan.solver(field, noise, generator, temperature)
-
-
-def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
-    """The condition rows that a guided step needs: cond, uncond or both. Raises HeadError if one is missing."""
-    if guidance == 1.0:
-        return cond
-    if uncond is None:
-        raise HeadError(f"got guidance={guidance} without unconditional rows, wanted them, or guidance=1.")
-    return uncond if guidance == 0.0 else torch.cat([cond, uncond])
+    def field(self, x: Tensor, answer: Tensor, t: float) -> Tensor:
+        return self.output(x, answer, t)
 
 
 class MSEHead(Head):

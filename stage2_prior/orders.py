@@ -5,15 +5,20 @@ zigzag are the customary inventions. `order.permutation(...)[i]` is the position
 random orders of a learned line are controls: if its order means anything, they must do worse.
 
 Masks are bool, True = visible, (B, 1, n, n) over the tokens [words | line], words being visible to everyone and seeing
-each other, padding to nobody.
+each other, padding to nobody. Where a mask also exists for FlexAttention, both come from one rule over index pairs.
 
 Letters: B batch, K latents, L caption tokens, S noisy copies of each latent.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from stage1_tokenizer.spec import Spec
+
+MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (sample, head, query, key) indices -> bool: visible
 
 
 class OrderError(ValueError):
@@ -130,17 +135,42 @@ def bidirectional_mask(text_mask: Tensor, num_latents: int) -> Tensor:
     return (seen_words(text_mask, num_latents) | line)[:, None]
 
 
-def noise_extended_mask(text_mask: Tensor, num_latents: int, copies: int) -> Tensor:
-    """(B,1,n,n), n = L + K + S K, for [words | clean 1..K | copies, S rows of 1..K].
+def noise_extended_rule(text_mask: Tensor, num_latents: int) -> MaskRule:
+    """Who sees whom among [words | clean 1..K | copies, any number of rows of 1..K].
 
     A clean token sees words and clean tokens up to itself. A noisy copy of latent i sees words, the clean tokens before
     i, and itself: no other copy, and not the clean latent that it is a copy of. Nobody else sees a copy.
     """
-    n_words, n_line = text_mask.shape[1], num_latents * (1 + copies)
-    at = torch.arange(n_words + n_line, device=text_mask.device)
-    clean = (at >= n_words) & (at < n_words + num_latents)
-    noisy = at >= n_words + num_latents
-    latent = (at - n_words) % num_latents  # which latent a line token is, or is a copy of
-    clean_sees = clean[:, None] & clean & (latent[:, None] >= latent)
-    noisy_sees = noisy[:, None] & ((clean & (latent[:, None] > latent)) | (at[:, None] == at))
-    return (seen_words(text_mask, n_line) | clean_sees | noisy_sees)[:, None]
+    n_words = text_mask.shape[1]
+    copies_from = n_words + num_latents
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        word = (k < n_words) & text_mask[b, k.clamp(max=n_words - 1)]
+        latent_q, latent_k = (q - n_words) % num_latents, (k - n_words) % num_latents  # also of what it is a copy of
+        clean = (k >= n_words) & (k < copies_from) & (q >= n_words)
+        own = (q == k) & (q >= n_words)
+        return word | (clean & (latent_k < latent_q)) | own
+
+    return visible
+
+
+def dense_mask(rule: MaskRule, batch: int, n: int, device: torch.device) -> Tensor:
+    """The rule for every pair of n tokens: (B,1,n,n) bool."""
+    at = torch.arange(n, device=device)
+    b = torch.arange(batch, device=device)[:, None, None, None]
+    return rule(b, b.new_zeros(()), at[:, None], at)
+
+
+def noise_extended_mask(text_mask: Tensor, num_latents: int, copies: int) -> Tensor:
+    """`noise_extended_rule` as a dense mask (B,1,n,n), n = L + K + S K."""
+    batch, n_words = text_mask.shape
+    rule = noise_extended_rule(text_mask, num_latents)
+    return dense_mask(rule, batch, n_words + num_latents * (1 + copies), text_mask.device)
+
+
+def noise_extended_blocks(text_mask: Tensor, num_latents: int, copies: int) -> BlockMask:
+    """`noise_extended_rule` for FlexAttention, which leaves out the blocks of pairs that nobody sees."""
+    batch, n_words = text_mask.shape
+    n = n_words + num_latents * (1 + copies)
+    rule = noise_extended_rule(text_mask, num_latents)
+    return create_block_mask(rule, batch, None, n, n, device=text_mask.device.type)

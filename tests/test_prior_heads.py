@@ -5,18 +5,29 @@ The toys are conditional: the condition row says which one. Each claim comes wit
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
-from stage2_prior.diffusion import DDIM, DDPM, DataTarget, NoiseTarget, VelocityTarget, alpha_sigma, alpha_sigma_at
+from stage2_prior.diffusion import (
+    DDIM,
+    DDPM,
+    DataTarget,
+    LearnedVariance,
+    NoiseTarget,
+    VelocityTarget,
+    alpha_sigma,
+    alpha_sigma_at,
+    step_variances,
+)
 from stage2_prior.diffusion_head import DiffusionHead
-from stage2_prior.head_nets import AdaLNNet, HeadNet, HoistedNet
+from stage2_prior.head_nets import AdaLNNet, AddedConditionNet, HeadNet, HoistedNet
 from stage2_prior.heads import CleanOutput, FlowHead, Head, HeadError, MSEHead, NoiseOutput, VelocityOutput
 from stage2_prior.likelihood import flow_log_prob
-from stage2_prior.samplers import Field, Midpoint
+from stage2_prior.samplers import Field, Midpoint, SamplerError
 
 TOYS = ("moons", "ring", "bimodal", "narrow")
 
@@ -248,10 +259,11 @@ def test_rows_that_share_their_times_must_fill_groups() -> None:
         head.loss(torch.randn(7, 4), torch.randn(7, 2))
 
 
-def test_hoisted_network_asks_for_time_once_per_grid_and_condition_once_per_latent() -> None:
+@pytest.mark.parametrize("net", [HoistedNet, AddedConditionNet])
+def test_tabulated_networks_ask_for_time_once_per_grid_and_condition_once_per_latent(net: type[HeadNet]) -> None:
     calls = {"time": 0, "condition": 0, "forward": 0}
 
-    class Counting(HoistedNet):
+    class Counting(net):  # type: ignore[misc,valid-type]
         def time(self, t: Tensor) -> Tensor:
             calls["time"] += 1
             return super().time(t)
@@ -271,19 +283,37 @@ def test_hoisted_network_asks_for_time_once_per_grid_and_condition_once_per_late
     assert calls == {"time": 1, "condition": 5, "forward": 40}
 
 
-def test_default_sampling_takes_a_thirtieth_of_the_arithmetic_of_a_diffusion_head() -> None:
-    """Counted, at the demo's size: 8 evaluations with what can be hoisted hoisted, against 100 of full adaLN."""
+def test_a_time_shared_by_all_rows_is_the_gain_and_bias_of_a_layer_norm() -> None:
+    """Sampling gives one time for all rows, training one for each: two kernels, the same answer."""
+    net = AddedConditionNet(3, 4, width=24)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x, time, condition = torch.randn(5, 3), net.time(torch.tensor(0.3)), net.condition(torch.randn(5, 4))
+    answer = net(x, time, condition)
+    torch.testing.assert_close(answer, net(x, time.expand(5, -1), condition), rtol=1e-4, atol=1e-4)
+    other = net.time(torch.tensor(0.6))
+    assert (answer - net(x, other, condition)).abs().max() > 1e-2  # control
+    assert (answer - net(x, time, condition.flip(0))).abs().max() > 1e-2  # control: the condition reaches the answer
+
+
+@pytest.mark.parametrize(("size", "net"), [((128, 160, 3), HoistedNet), ((768, 1024, 6), AddedConditionNet)])
+def test_default_sampling_takes_a_thirtieth_of_the_arithmetic_of_a_diffusion_head(
+    size: tuple[int, int, int], net: type[HeadNet]
+) -> None:
+    """Counted, at the demo's size and MAR-B's: 8 evaluations with what can be tabulated, against 100 of full adaLN."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    d, width, depth = size
     flops = {}
     for name, head in (
-        ("flow", FlowHead(HoistedNet(16, 128))),
-        ("diffusion", DiffusionHead(AdaLNNet(16, 128), sampler=DDPM(100))),
+        ("flow", FlowHead(net(16, d, width, depth))),  # type: ignore[arg-type]
+        ("diffusion", DiffusionHead(AdaLNNet(16, d, width, depth), solver=DDPM(100))),
     ):
-        plan, cond = head.plan(), torch.randn(250, 128)
         with FlopCounterMode(display=False) as counter:
-            head.sample(cond, plan=plan)
-        flops[name] = counter.get_total_flops()
+            plan, cond = head.to("meta").plan(), torch.randn(2, d, device="meta")
+            made = counter.get_total_flops()  # the table: once for all latents of all pictures
+            head.sample(cond, cond, 2.0, plan=plan)
+        flops[name] = counter.get_total_flops() - made
     assert flops["diffusion"] > 30 * flops["flow"]
 
 
@@ -334,16 +364,126 @@ def test_a_trained_diffusion_head_finds_both_modes() -> None:
     torch.manual_seed(0)
     head = DiffusionHead(HoistedNet(2, len(TOYS), width=48, depth=2), VelocityTarget())
     train(head, 500)
-    for sampler in (DDPM(100, variance=0.5), DDIM(100)):
-        head.sampler = sampler
+    for solver in (DDPM(100, variance=0.5), DDIM(100)):
+        head.solver = solver
         ours = draw(head, TOYS.index("bimodal"), 1000)
         assert (ours[:, 0].abs() > 0.6).float().mean() > 0.95 and 0.4 < (ours[:, 0] > 0).float().mean() < 0.6
         assert abs(ours[:, 1].std().item() - 0.1) < 0.04
 
 
+KNOWN = (0.2, 1.0)  # standard deviations of two Gaussians, told apart by the condition
+
+
+def best_share(t: float, s: float, spread: float) -> float:
+    """Where the variance of p(x_s | x_t) lies between the two bounds, for data N(0, spread^2)."""
+    (alpha, sigma), (alpha_s, _), (beta, posterior) = alpha_sigma_at(t), alpha_sigma_at(s), step_variances(t, s)
+    of_data = spread**2 * sigma**2 / (alpha**2 * spread**2 + sigma**2)  # Var[x | x_t]
+    return math.log1p((alpha_s * beta / sigma**2) ** 2 * of_data / posterior) / math.log(beta / posterior)
+
+
+@pytest.fixture(scope="module")
+def learned() -> DiffusionHead:
+    """Ten steps, so that the right variance matters."""
+    torch.manual_seed(0)
+    net = HoistedNet(1, 2, width=48, depth=2, answers=2)
+    head = DiffusionHead(net, VelocityTarget(), DDPM(10), variance=LearnedVariance(levels=10))
+    optimizer = MuonAdamW(parameter_groups(head), lr=3e-3, matrix_lr=0.02)
+    base, g = [group["lr"] for group in optimizer.param_groups], torch.Generator().manual_seed(0)
+    cond = torch.eye(2).repeat_interleave(128, 0)
+    for step in range(400):
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * warmup_flat_cosine(step, 400)
+        x = cond @ torch.tensor(KNOWN)[:, None] * torch.randn(256, 1, generator=g)
+        loss = head.loss(cond, x, g).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.eval()
+
+
+@pytest.mark.slow
+def test_a_learned_variance_is_the_known_one(learned: DiffusionHead) -> None:
+    grid, g = DDPM(10).grid(), torch.Generator().manual_seed(1)
+    assert learned.variance is not None
+    for kind, spread in enumerate(KNOWN):
+        cond = torch.eye(2)[kind].expand(4000, -1)
+        for t, s in list(pairwise(grid))[2:-1:2]:
+            alpha, sigma = alpha_sigma_at(t)
+            x, noise = spread * torch.randn(4000, 1, generator=g), torch.randn(4000, 1, generator=g)
+            x_t, time = alpha * x + sigma * noise, torch.tensor(t)
+            with torch.no_grad():
+                answer = learned.net(x_t, learned.net.time(time), learned.net.condition(cond))
+                found = learned.field(x_t, answer, t)
+                assert isinstance(found, tuple)
+                data, u = found
+                beta, posterior = step_variances(t, s)
+                wrong = math.log(beta / posterior) * ((1 + u.mean().item()) / 2 - best_share(t, s, spread))
+                assert abs(wrong) < 0.12, (spread, t, wrong)  # of the logarithm of the variance
+                ours, low, high = (
+                    learned.variance.bound(x, data, u * a + b, torch.full((4000,), t)).mean()
+                    for a, b in ((1, 0), (0, -1), (0, 1))
+                )
+            assert ours < min(low, high) + 0.01, (spread, t)
+            misses = [math.log(beta / posterior) * (b - best_share(t, s, spread)) for b in (0, 1)]
+        assert max(map(abs, misses)) > 0.3  # control: at the last of these times one of the bounds is far off
+        spreads = {}
+        for name, head in (("learned", learned), ("fixed", FixedTwin(learned))):
+            with torch.no_grad():
+                spreads[name] = head.sample(cond, generator=torch.Generator().manual_seed(3)).std().item() / spread
+        alpha, sigma = alpha_sigma_at(grid[-2])  # the last step returns the mean of the data given this one
+        exact = alpha * spread / math.hypot(alpha * spread, sigma)
+        assert abs(spreads["learned"] - exact) < 0.05 < abs(spreads["fixed"] - exact), (spreads, exact)
+
+
+class FixedTwin(DiffusionHead):
+    """Control: the same network with the posterior's variance in place of its own."""
+
+    def __init__(self, twin: DiffusionHead):
+        super().__init__(twin.net, twin.target, twin.solver, variance=twin.variance)
+
+    def field(self, x: Tensor, answer: Tensor, t: float) -> Tensor:
+        found = super().field(x, answer, t)
+        assert isinstance(found, tuple)
+        return found[0]
+
+
+def test_the_bound_moves_the_variance_alone_and_no_variance_is_no_change() -> None:
+    torch.manual_seed(0)
+    head = DiffusionHead(HoistedNet(2, 4, answers=2), variance=LearnedVariance())
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    cond, x = torch.randn(6, 4), torch.randn(6, 2)
+    head.loss(cond, x, torch.Generator().manual_seed(1)).mean().backward()
+    assert head.net.out.weight.grad is not None
+    mean, variance = head.net.out.weight.grad.clone().chunk(2)
+    assert variance.abs().max() > 0
+    plain = DiffusionHead(HoistedNet(2, 4))
+    state = {k: v[:2] if k.startswith("net.out.") else v for k, v in head.state_dict().items()}
+    plain.load_state_dict(state)
+    plain.loss(cond, x, torch.Generator().manual_seed(1)).mean().backward()
+    torch.testing.assert_close(mean, plain.net.out.weight.grad)  # of the squared error alone
+    with torch.no_grad():
+        c, u = torch.randn(2, 6, 4)
+        assert head.sample(c, u, 2.0, generator=torch.Generator().manual_seed(1)).shape == (6, 2)
+
+
+def test_a_learned_variance_needs_a_second_answer_and_ancestral_steps() -> None:
+    with pytest.raises(HeadError, match="answers=1"):
+        DiffusionHead(HoistedNet(2, 4), variance=LearnedVariance())
+    with pytest.raises(HeadError, match="answers=2"):
+        DiffusionHead(HoistedNet(2, 4, answers=2))
+    with pytest.raises(HeadError, match="2 answers"):
+        FlowHead(HoistedNet(2, 4, answers=2))
+    with pytest.raises(HeadError, match="DDIM with a learned variance"):
+        DiffusionHead(HoistedNet(2, 4, answers=2), solver=DDIM(), variance=LearnedVariance())
+    with pytest.raises(SamplerError, match="levels=1"):
+        LearnedVariance(levels=1)
+
+
 HEADS: dict[str, Callable[[], Head]] = {
     "flow": lambda: FlowHead(AdaLNNet(2, 4)),
-    "diffusion": lambda: DiffusionHead(HoistedNet(2, 4), sampler=DDPM(5)),
+    "diffusion": lambda: DiffusionHead(HoistedNet(2, 4), solver=DDPM(5)),
+    "added": lambda: FlowHead(AddedConditionNet(2, 4)),
     "mse": lambda: MSEHead(2, 4, sigma=0.5),
 }
 

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone, Cache
@@ -23,7 +24,9 @@ LENGTH, A, S, N = 32, 0.9, 0.4, 4000
 class LastToken(Backbone):
     """A backbone whose condition row is the last token: the previous latent, as `latent_in` wrote it."""
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | BlockMask | None = None, cache: Cache | None = None
+    ) -> Tensor:
         if cache is not None:
             cache.length += x.shape[1]
         return x
