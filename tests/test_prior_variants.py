@@ -23,6 +23,7 @@ from stage2_prior.orders import (
     SpiralOrder,
     ZigzagOrder,
     gather_line,
+    noise_extended_blocks,
     noise_extended_mask,
     scatter_line,
 )
@@ -158,6 +159,36 @@ def test_noise_extended_mask_is_as_drawn() -> None:
         [1, 0, 0, 0, 0, 0, 1, 0],
         [1, 0, 1, 0, 0, 0, 0, 1],
     ]
+
+
+@pytest.mark.parametrize(("num_latents", "copies", "words"), [(6, 2, [3, 1]), (70, 3, [5, 2])])
+def test_the_blocks_of_flex_attention_hold_the_pairs_of_the_dense_mask(
+    num_latents: int, copies: int, words: list[int]
+) -> None:
+    text_mask = torch.arange(max(words)) < torch.tensor(words)[:, None]
+    dense = noise_extended_mask(text_mask, num_latents, copies)
+    blocks = noise_extended_blocks(text_mask, num_latents, copies)
+    at = torch.arange(dense.shape[-1])
+    for b in range(len(words)):
+        assert torch.equal(blocks.mask_mod(torch.tensor(b), torch.tensor(0), at[:, None], at), dense[b, 0])
+    side = blocks.BLOCK_SIZE[0]
+    padded = torch.nn.functional.pad(dense, (0, -len(at) % side, 0, -len(at) % side))
+    seen = padded.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).any(-1).any(-2)  # (B,1,block,block)
+    assert torch.equal(blocks.to_dense().bool(), seen)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_the_velocities_of_the_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its unfused CPU form; what CUDA compiles is the same function of the same mask."""
+    prior = noise_extended()
+    z, x_t, t = torch.randn(3, K, C), torch.randn(3, 2, K, C), torch.rand(3, 2, K)
+    with torch.no_grad():
+        text = prior.encode_text(CAPTIONS)
+        dense = prior.velocities(z, x_t, t, text)
+        monkeypatch.setattr("stage2_prior.noise_extended.noise_extended_mask", noise_extended_blocks)
+        torch.testing.assert_close(prior.velocities(z, x_t, t, text), dense, rtol=0, atol=1e-5)
+        silent = prior.without_caption(text, torch.ones(3, dtype=torch.bool))
+        assert (prior.velocities(z, x_t, t, silent) - dense).abs().max() > 1e-3  # control
 
 
 def test_a_copy_sees_earlier_clean_latents_and_itself_and_nothing_else() -> None:
