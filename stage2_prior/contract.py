@@ -112,7 +112,10 @@ class Prior(Spec, nn.Module):
         raise NotImplementedError
 
     def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
-        """z (B,K,C), captions -> (B,K) nats per latent, log p(z_i | earlier latents, caption)."""
+        """z (B,K,C), captions -> (B,K) nats per latent, log p(z_i | earlier latents, caption).
+
+        steps: of the ODE solver, whose error `likelihood` describes. Raises PriorError where a prior has no density.
+        """
         raise NotImplementedError
 
     # -- the latent space ---------------------------------------------------------------------------------------------
@@ -154,6 +157,12 @@ class Prior(Spec, nn.Module):
             wanted = f"(B, {self.num_latents}, {self.latent_dim})"
             raise PriorError(f"got latents of shape {tuple(z.shape)}, wanted {wanted}.")
         return z
+
+    def check_pairs(self, z: Tensor, captions: list[str]) -> tuple[Tensor, Text]:
+        """Lines and their captions, as `log_prob` takes them. Raises PriorError unless there are as many of each."""
+        if len(z) != len(captions):
+            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted as many of each.")
+        return self.check_latents(z), self.encode_text(captions)
 
     # -- captions -----------------------------------------------------------------------------------------------------
 

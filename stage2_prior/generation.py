@@ -1,14 +1,15 @@
 """The generation report: what a prior's pictures and latents are worth, on held-out captions.
 
 Every held-out caption is sampled at each guidance scale and the pictures are read by a classifier that was trained on
-real ones. Four questions, four kinds of figures:
+real ones. Five questions, five kinds of figures:
 
 * does a picture show what its caption says: every attribute right, by kind of caption, and separately for
   combinations that no training picture has;
-* do the pictures look like the data: Frechet distance, precision and recall in named features, beside real against
-  real and reconstruction against real at the same n;
+* do the pictures look like the data: Frechet distances, precision and recall in named features, each beside the figure
+  it may be compared with (`distances`);
 * do the latents have the data's spread at every position (the drift meter: a prior whose errors add up drifts along
   the line), data drawn as in training, posterior noise included;
+* how likely are held-out lines, and do they tell their captions from others (`likelihood_report`);
 * what it costs: evaluations of the head and seconds per picture, decoding included.
 
 Same caption and different seeds must give different pictures: their spread is measured and shown.
@@ -24,14 +25,13 @@ from torch import Tensor
 
 from data.datamodule import ImageDataModule
 from stage1_tokenizer.classifier import Classifier, report_classifier
-from stage1_tokenizer.frechet import RandomConvFeatures, frechet_distance, precision_recall
+from stage1_tokenizer.frechet import RandomConvFeatures
 from stage1_tokenizer.precision import matmul_dtype
 from stage1_tokenizer.report import Figure, Report, provenance
 from stage2_prior.contract import LatentSpace, Prior
-from stage2_prior.heads import FlowHead
-from stage2_prior.prior_data import PriorDataModule, longest
-
-MANY = 200  # pictures below which a distance between two sets says little
+from stage2_prior.distances import distance_report
+from stage2_prior.likelihood_report import classification_report, likelihood_report
+from stage2_prior.prior_data import CaptionSource, longest
 
 
 @dataclass
@@ -52,8 +52,9 @@ class GenerationReport:
         steps: evaluations of the head per latent (None: the head's default).
         num_captions: held-out captions sampled at each scale.
         batch_size: captions per call of `sample`.
-        images_dir: image shards that the latents were made from; None: `data/` of the run.
-        nll_lines: held-out lines whose exact likelihood is integrated (flow head only); 0 leaves it out.
+        images_dir: image shards that the latents were made from; None: `data/` of the run, or those that are encoded.
+        nll_lines: held-out lines whose exact likelihood is integrated; 0 leaves it out.
+        classify_lines: of these, lines that are classified by likelihood, each under ten captions; 0 leaves it out.
         seed: of the samples.
     """
 
@@ -66,23 +67,27 @@ class GenerationReport:
         batch_size: int = 250,
         images_dir: str | None = None,
         nll_lines: int = 64,
+        classify_lines: int = 32,
         seed: int = 0,
     ) -> None:
         if num_captions < 8 or batch_size < 1:
             raise ValueError(f"got num_captions={num_captions}, batch_size={batch_size}; want at least 8 and 1.")
+        if min(nll_lines, classify_lines) < 0:
+            raise ValueError(f"got nll_lines={nll_lines}, classify_lines={classify_lines}; want at least 0 (none).")
         self.guidances = sorted({*(guidances or [1.0, 1.5, 2.0, 3.0]), guidance, 1.0})
         self.guidance, self.steps, self.num_captions, self.batch_size = guidance, steps, num_captions, batch_size
-        self.images_dir, self.nll_lines, self.seed = images_dir, nll_lines, seed
+        self.images_dir, self.nll_lines, self.classify_lines, self.seed = images_dir, nll_lines, classify_lines, seed
 
-    def write(self, prior: Prior, tokenizer: LatentSpace, data: PriorDataModule, run_dir: Path) -> Path:
+    def write(self, prior: Prior, tokenizer: LatentSpace, data: CaptionSource, run_dir: Path) -> Path:
         """Measure, and write run_dir/generation; returns the page's path."""
         # Lightning tests in inference mode, in which the classifier could not be trained.
         with torch.inference_mode(False), torch.no_grad():
             return self.measure(prior.eval(), tokenizer, data, run_dir)
 
-    def measure(self, prior: Prior, tokenizer: LatentSpace, data: PriorDataModule, run_dir: Path) -> Path:
-        images = ImageDataModule(self.images_dir or str(run_dir / "data"), image_size=tokenizer.image_size)
-        held = data.arrays("val", self.num_captions)
+    def measure(self, prior: Prior, tokenizer: LatentSpace, data: CaptionSource, run_dir: Path) -> Path:
+        encoded = data.data_dir if isinstance(data, ImageDataModule) else str(run_dir / "data")
+        images = ImageDataModule(self.images_dir or encoded, image_size=tokenizer.image_size)
+        held = self.held_out(data, tokenizer)
         real = images.arrays("val", len(held["keys"]))
         if real["keys"] != held["keys"]:
             raise ValueError(
@@ -99,7 +104,13 @@ class GenerationReport:
         metrics["latents"] = self.spread(samples, held)
         parts = held["latents"].to(device_of(prior)).split(self.batch_size)
         recon = torch.cat([tokenizer.decode(z).cpu() for z in parts])
-        metrics["distances"] = self.distances(extractor, samples, recon, real, images)
+
+        def features(pictures: Tensor) -> Tensor:
+            return torch.cat([extractor.features(part) for part in pictures.split(self.batch_size)])
+
+        pictures = {w: s.images for w, s in samples.items()}
+        found = distance_report(features, pictures, recon, real, images, tokenizer, self.seed)
+        metrics["distances"] = {"features": extractor.feature_name, **found}
         if classifier is not None:
             groups = caption_groups(classifier, images, real)
             metrics["faithfulness"] = {
@@ -110,9 +121,23 @@ class GenerationReport:
             metrics["group_sizes"] = {name: int(rows.sum()) for name, rows in groups.items()}
         metrics["cost"] = self.cost(prior, tokenizer, captions)
         metrics["diversity"], same = self.diversity(prior, tokenizer, captions)
-        if self.nll_lines and isinstance(getattr(prior, "head", None), FlowHead):
-            metrics["nll"] = self.likelihood(prior, held, captions)
+        noise = torch.randn(held["latents"].shape, generator=torch.Generator().manual_seed(self.seed))
+        z = (held["latents"] + held["latents_std"] * noise).to(device_of(prior))  # as in training
+        if self.nll_lines:
+            metrics["nll"] = likelihood_report(prior, z[: self.nll_lines], captions[: self.nll_lines])
+        if self.classify_lines:
+            found = classification_report(prior, z, captions, self.classify_lines, held["labels"], self.seed)
+            metrics["classification_by_likelihood"] = found
         return self.page(metrics, samples, captions, real, same).write(run_dir / "generation", metrics)
+
+    def held_out(self, data: CaptionSource, tokenizer: LatentSpace) -> dict[str, Any]:
+        """The first `num_captions` of the val split with `latents` and `latents_std` (N,K,C), read or encoded."""
+        held = data.arrays("val", self.num_captions)
+        if "latents" not in held:
+            device = next(iter(tokenizer.state_dict().values())).device  # type: ignore[attr-defined]
+            parts = [tokenizer.posterior(x.to(device)) for x in held["images"].split(self.batch_size)]
+            held["latents"], held["latents_std"] = (torch.cat(x).cpu() for x in zip(*parts, strict=True))
+        return held
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
@@ -147,46 +172,6 @@ class GenerationReport:
             }
         return out
 
-    def distances(
-        self,
-        extractor: Any,
-        samples: dict[float, Samples],
-        recon: Tensor,
-        real: dict[str, Any],
-        images: ImageDataModule,
-    ) -> dict[str, Any]:
-        """Frechet distance to the held-out pictures of samples, reconstructions and other real pictures, same n."""
-        n = len(real["images"])
-
-        def features(pictures: Tensor) -> Tensor:
-            return torch.cat([extractor.features(part) for part in pictures.split(self.batch_size)])
-
-        reference = features(real["images"])
-        others = images.arrays("train", n)["images"]
-        out: dict[str, Any] = {
-            "n": n,
-            "features": extractor.feature_name,
-            "real_real": frechet_distance(reference, features(others)),
-            "reconstruction_real": frechet_distance(reference, features(recon)),
-            "generated_real": {},
-            "precision_recall": {},
-        }
-        for w, s in samples.items():
-            drawn = features(s.images)
-            out["generated_real"][str(w)] = frechet_distance(reference, drawn)
-            out["precision_recall"][str(w)] = precision_recall(reference, drawn)
-        rows, twins = same_caption_pairs(images, real)
-        if len(rows) > MANY:
-            floor = features(images.arrays("train")["images"][twins])
-            out["same_captions"] = {
-                "n": len(rows),
-                "real_real": frechet_distance(reference[rows], floor),
-                "generated_real": {
-                    str(w): frechet_distance(reference[rows], features(s.images[rows])) for w, s in samples.items()
-                },
-            }
-        return out
-
     def cost(self, prior: Prior, tokenizer: LatentSpace, captions: list[str]) -> dict[str, Any]:
         """Pictures per second of one warm call of `batch_size` captions, guidance on, decoding included."""
         chosen = (captions * (self.batch_size // len(captions) + 1))[: self.batch_size]
@@ -214,19 +199,6 @@ class GenerationReport:
         }
         return spread, same
 
-    def likelihood(self, prior: Prior, held: dict[str, Any], captions: list[str]) -> dict[str, Any]:
-        """Nats per latent of held-out lines (posterior samples), with and without solver steps halved."""
-        n = min(self.nll_lines, len(captions))
-        noise = torch.randn(held["latents"][:n].shape, generator=torch.Generator().manual_seed(self.seed))
-        z = (held["latents"][:n] + held["latents_std"][:n] * noise).to(device_of(prior))
-        fine, coarse = (prior.log_prob(z, captions[:n], steps).cpu() for steps in (16, 8))
-        return {
-            "lines": n,
-            "nats_per_latent": -fine.mean().item(),
-            "by_position": (-fine.mean(0)).tolist(),
-            "solver_error": (fine - coarse).abs().mean().item(),
-        }
-
     # -- the page -----------------------------------------------------------------------------------------------------
 
     def page(
@@ -249,7 +221,8 @@ class GenerationReport:
                 f", n = {distances['n']}"
                 + (
                     f"; on {floor['n']} captions that training pictures have, too: {floor['generated_real'][key]:.1f}"
-                    f" against {floor['real_real']:.1f} for real pictures of those captions"
+                    f" against {floor['reconstruction_real']:.1f} for reconstructions of other pictures and"
+                    f" {floor['real_real']:.1f} for real pictures of those captions"
                     if floor
                     else ""
                 ),
@@ -284,12 +257,27 @@ class GenerationReport:
             rows.append([name, f"{distances['generated_real'][name]:.1f}", *(f"{c:.3f}" for c in cells), drift])
         columns = ["guidance", "Frechet", "precision", "recall", "std ratio", "lowest", "highest", "drift on the line"]
         report.table("Distribution, by guidance", columns, rows)
+        report.table(*distance_table(distances))
         line = list(range(1, len(latents[key]["std_ratio"]) + 1))
         curves = {f"guidance {w}": (line, latents[w]["std_ratio"]) for w in latents}
         report.curve("Spread of latents by position", "position", "std of samples / data", curves)
-        if "nll" in metrics:
-            nll = {"held-out lines": (line, metrics["nll"]["by_position"])}
-            report.curve("Negative log-likelihood by position", "position", "nats per latent", nll)
+        nll, told = metrics.get("nll", {}), metrics.get("classification_by_likelihood", {})
+        if "by_position" in nll:
+            curve = {"held-out lines": (line, nll["by_position"])}
+            report.curve("Negative log-likelihood by position", "position", "nats per latent", curve)
+        if "accuracy" in told:
+            curve = {
+                "own caption found": (line, told["accuracy_by_prefix"]),
+                "chance": (line, [told["chance"]] * len(line)),
+            }
+            heading = (
+                f"Captions told apart by likelihood: {told['lines']} lines, {told['captions_per_line']} captions each"
+            )
+            report.curve(heading, "latents", "accuracy", curve)
+        skipped = [["negative log-likelihood", nll], ["classification by likelihood", told]]
+        if any("skipped" in part for _, part in skipped):
+            rows = [[name, part["skipped"]] for name, part in skipped if "skipped" in part]
+            report.table("Left out", ["figure", "why"], rows)
         rows_shown = list(dict.fromkeys(captions))[:10]
         first = [captions.index(c) for c in rows_shown]
         pictures = [real["images"], *(s.images for s in samples.values())]
@@ -303,15 +291,26 @@ class GenerationReport:
         return report.provenance(provenance(self.seed))
 
 
-def same_caption_pairs(images: ImageDataModule, real: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Held-out pictures whose caption some training picture has word by word: their rows, and such a picture of each.
-
-    Two real pictures of one caption differ as a generated and a real one may: the distance between the two sets is what
-    a perfect sampler would be left with.
-    """
-    first = {longest(c): i for i, c in reversed(list(enumerate(images.captions("train")))) if c}
-    rows = [i for i, c in enumerate(real["captions"]) if c and longest(c) in first]
-    return rows, [first[longest(real["captions"][i])] for i in rows]
+def distance_table(distances: dict[str, Any]) -> tuple[str, list[str], list[list[str]], str]:
+    """Heading, columns, rows and note of all Frechet distances to held-out pictures."""
+    parts = [(f"all {distances['n']} captions", "paired", distances)]
+    if "same_captions" in distances:
+        same = distances["same_captions"]
+        parts.append((f"{same['n']} captions that training pictures have, too", "other pictures", same))
+        if "at_infinity" in same:
+            parts.append(("the same, extrapolated to infinite n", "other pictures", same["at_infinity"]))
+    guidances = list(distances["generated_real"])
+    rows = [
+        [name, f"{d['reconstruction_real']:.2f} ({which})", f"{d['real_real']:.2f}"]
+        + [f"{d['generated_real'][w]:.2f}" for w in guidances]
+        for name, which, d in parts
+    ]
+    columns = ["pictures of", "reconstructions", "other real pictures", *(f"guidance {w}" for w in guidances)]
+    note = (
+        "Paired: reconstructions of the held-out pictures themselves, beside real pictures of any caption. Below, both"
+        " are of other pictures with the same captions, as generated ones are: only there like is compared with like."
+    )
+    return "Frechet distances to held-out pictures", columns, rows, note
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

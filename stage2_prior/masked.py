@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
+from stage2_prior.cast_once import cast_once
 from stage2_prior.conditions import WORD_STD, Condition, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads import Head
+from stage2_prior.likelihood import flow_log_prob
 from stage2_prior.orders import LearnedOrder, RandomOrder, bidirectional_mask, gather_line
-from stage2_prior.prior import check_parts, token_positions
+from stage2_prior.prior import check_parts, flow_head, token_positions
 
 
 class MaskedPrior(Prior):
@@ -96,6 +98,7 @@ class MaskedPrior(Prior):
         return sizes
 
     @torch.no_grad()
+    @cast_once
     def sample(
         self,
         captions: list[str],
@@ -129,6 +132,19 @@ class MaskedPrior(Prior):
             known = known.scatter(1, chosen, True)
             done += n
         return z
+
+    @torch.no_grad()
+    def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
+        """As `Prior.log_prob`, of drawing one by one in the order of the line: K runs of the transformer.
+
+        Other orders and larger sets are other factorisations, whose densities differ by what the network gets wrong.
+        """
+        head = flow_head(self.head)
+        z, text = self.check_pairs(z, captions)
+        at = torch.arange(self.num_latents, device=z.device)
+        rows = [self.conditions(z, (at < i).expand(len(z), -1), text)[:, i] for i in range(self.num_latents)]
+        cond = torch.stack(rows, dim=1).flatten(0, 1)  # (B K,D)
+        return flow_log_prob(head, cond, z.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])  # (B,K)
 
     def evaluations(self, steps: int | None = None) -> int:
         return self.head.plan(steps).evaluations

@@ -5,6 +5,9 @@ copy with its velocity. A copy of latent i sees the caption, the clean latents b
 clean ones only (orders.noise_extended_mask). So the clean stream is an ordinary causal transformer, whose cache serves
 all copies, and later text or latents never meet noise.
 
+Most of that mask is empty, so that training on CUDA runs FlexAttention, which skips empty blocks. Elsewhere the mask is
+dense: FlexAttention has no backward on a CPU, and no forward mode, which the likelihood asks for.
+
 It is the most direct reading of "extend each patch by a chain of noisier copies", and the most expensive: a sample asks
 the whole transformer once per solver step instead of a small head, so it is kept for comparison and not for serving.
 
@@ -19,11 +22,13 @@ from stage1_tokenizer.flow import interpolate, logit_normal_times, velocity
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
+from stage2_prior.cast_once import cast_once
 from stage2_prior.conditions import WORD_STD, Condition, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
 from stage2_prior.head_nets import TIME_FEATURES, time_features
-from stage2_prior.orders import noise_extended_mask
+from stage2_prior.likelihood import half_step_times, ode_log_prob
+from stage2_prior.orders import noise_extended_blocks, noise_extended_mask
 from stage2_prior.prior import token_positions
 from stage2_prior.samplers import Midpoint, Solver
 
@@ -83,7 +88,8 @@ class NoiseExtendedPrior(Prior):
         x = torch.cat([self.words(text.ids), self.latent_in(z.float()), noisy], dim=1)  # (B,L+K+S K,D)
         at = token_positions(n_words, self.words.context_length, k, z.device)
         positions = torch.cat([at, at[n_words:].repeat(copies)])
-        h = self.backbone(x, positions, noise_extended_mask(text.text_mask, k, copies))
+        build = noise_extended_blocks if x.is_cuda and torch.is_grad_enabled() else noise_extended_mask
+        h = self.backbone(x, positions, build(text.text_mask, k, copies))
         return self.out(h[:, n_words + k :]).float().unflatten(1, (copies, k))  # (B,S,K,C)
 
     def losses(self, z: Tensor, text: Text, generator: torch.Generator | None = None) -> Tensor:
@@ -96,6 +102,7 @@ class NoiseExtendedPrior(Prior):
         return (v - velocity(z[:, None], noise)).square().mean(dim=(1, -1))  # (B,K)
 
     @torch.no_grad()
+    @cast_once
     def sample(
         self,
         captions: list[str],
@@ -109,9 +116,8 @@ class NoiseExtendedPrior(Prior):
         m, rows, n_words = len(captions), len(text.ids), text.ids.shape[1]
         device = text.ids.device
         positions = token_positions(n_words, self.words.context_length, self.num_latents, device)
-        mask = noise_extended_mask(
-            text.text_mask, self.num_latents, 1
-        )  # its first L+K rows and columns are the clean ones
+        # The first L+K rows and columns are the clean tokens'.
+        mask = noise_extended_mask(text.text_mask, self.num_latents, 1)
         cache = self.backbone.new_cache(rows, n_words + self.num_latents + 1)
         self.backbone(self.words(text.ids), positions[:n_words], mask[:, :, :n_words, :n_words], cache)
         line: list[Tensor] = []
@@ -133,6 +139,17 @@ class NoiseExtendedPrior(Prior):
             clean = self.latent_in(z_i).repeat(rows // m, 1)[:, None]
             self.backbone(clean, positions[at : at + 1], sees_clean, cache)
         return torch.stack(line, dim=1)  # (B,K,C)
+
+    def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
+        """As `Prior.log_prob`. A copy's velocity depends on no other copy: all latents go through the ODE at once."""
+        z, text = self.check_pairs(z, captions)
+        times = half_step_times(steps)
+
+        def field(x: Tensor, i: int) -> Tensor:
+            t = torch.full((len(z), 1, self.num_latents), times[i], device=z.device)
+            return self.velocities(z, x[:, None], t, text)[:, 0]  # (B,K,C)
+
+        return ode_log_prob(field, z.float(), steps)  # (B,K)
 
     def evaluations(self, steps: int | None = None) -> int:
         """Evaluations of the whole transformer per latent."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
+from stage2_prior.cast_once import cast_once
 from stage2_prior.conditions import WORD_STD, Condition, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
@@ -111,6 +112,7 @@ class CausalPrior(Prior):
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @cast_once
     def sample(
         self,
         captions: list[str],
@@ -154,20 +156,17 @@ class CausalPrior(Prior):
 
     @torch.no_grad()
     def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
-        """As `Prior.log_prob`; exact up to the solver, whose error `likelihood.flow_log_prob` describes.
+        """As `Prior.log_prob`, exact up to the solver.
 
         With an order that varies, the chain rule holds for any order; the tokenizer's is taken.
         """
-        if not isinstance(self.head, FlowHead):
-            raise PriorError(f"got a {type(self.head).__name__}, wanted a FlowHead: only its density is known here.")
-        if len(z) != len(captions):
-            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted as many of each.")
-        z, text = self.check_latents(z), self.encode_text(captions)
+        head = flow_head(self.head)
+        z, text = self.check_pairs(z, captions)
         fixed = LearnedOrder() if self.order.varies else self.order
         order = fixed.permutation(len(z), self.num_latents, z.device)
         line = gather_line(z, order)
         cond = self.line_conditions(line, text, order).flatten(0, 1)  # (B K,D)
-        found = flow_log_prob(self.head, cond, line.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])
+        found = flow_log_prob(head, cond, line.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])
         return scatter_line(found, order)  # (B,K)
 
 
@@ -175,6 +174,13 @@ def token_positions(n_words: int, context_length: int, n_line: int, device: torc
     """(n_words + n_line,) positions: words from 0, line tokens from `context_length`, however long the caption is."""
     line = torch.arange(n_line, device=device) + context_length
     return torch.cat([torch.arange(n_words, device=device), line])
+
+
+def flow_head(head: Head) -> FlowHead:
+    """`head`, whose density is asked for. Raises PriorError where it has none that is known here."""
+    if not isinstance(head, FlowHead):
+        raise PriorError(f"got a {type(head).__name__}, wanted a FlowHead: only its density is known here.")
+    return head
 
 
 def check_parts(head: Head, backbone: Backbone, latent_dim: int, tokens: int) -> None:

@@ -7,7 +7,7 @@ from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.backbone import Backbone, RotaryBackbone
 from stage2_prior.guidance import FallingGuidance, Guidance, RisingGuidance
-from stage2_prior.head_nets import AdaLNNet, HeadNet, HoistedNet
+from stage2_prior.head_nets import AdaLNNet, HoistedNet
 from stage2_prior.heads import FlowHead, MSEHead
 from stage2_prior.prior import PriorError
 
@@ -15,7 +15,10 @@ K, C, D = 6, 4, 32
 CAPTIONS = ["a red circle", "a large blue square above a small green star", "a cross"]
 
 
-def make_prior(net: type[HeadNet] = AdaLNNet, backbone: type[Backbone] = Backbone, dropout: float = 0.1) -> CausalPrior:
+Net = type[AdaLNNet] | type[HoistedNet]
+
+
+def make_prior(net: Net = AdaLNNet, backbone: type[Backbone] = Backbone, dropout: float = 0.1) -> CausalPrior:
     """A small prior whose zero-initialised matrices are filled, so that every path carries something."""
     torch.manual_seed(0)
     vocabulary = CaptionVocabulary(rows=64, context_length=16)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.text import TextTower
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.backbone import Backbone
@@ -44,7 +45,9 @@ def never() -> nn.Module:
 
 def text_tower(taught: bool = True) -> TextTowerCondition:
     source = tiny_tokenizer()
-    condition = TextTowerCondition(D, tiny_tokenizer(seed=1).text_part().tower)
+    other = tiny_tokenizer(seed=1).text_part().tower
+    assert isinstance(other, TextTower)
+    condition = TextTowerCondition(D, other)
     if taught:
         assert condition.prepare(Data([]), lambda: source) == ""
     return condition
@@ -143,7 +146,7 @@ def test_towers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConditionError, match="'layers': 7.*copy text.tower"):
         text_tower(False).prepare(Data([]), lambda: wider)
     with pytest.raises(ValueError, match="no rows yet"):
-        TextTowerCondition(D, type(wider.text_part().tower)(CaptionVocabulary(64, 12), 32, 1, 2, 16)).encode(["a cat"])
+        TextTowerCondition(D, TextTower(CaptionVocabulary(64, 12), 32, 1, 2, 16)).encode(["a cat"])
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
