@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, help_text in (
         ("finalize", "make one dataset of what all tasks of prepare have written"),
         ("verify", "re-read everything and name what is wrong"),
-        ("stats", "print what a data directory holds"),
+        ("stats", "print what a data directory holds, and plot it to its stats.png"),
     ):
         commands.add_parser(name, help=help_text).add_argument("data_dir", type=Path)
     given = sys.argv[1:] if arguments is None else arguments
@@ -181,9 +181,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from data.verify import describe
+    from data.stats import describe, plot
 
     print(describe(options.data_dir))
+    print(f"plotted in {plot(options.data_dir)}")
     return 0
 
 

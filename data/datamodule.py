@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.datasets import FinishingLoader, ImageSet, LatentSet, ShardDataset, as_is
+from data.memory import BatchMemory
 from data.order import BatchOrder
 from data.schema import SPLITS, DataError, read_manifest, split_of
 from data.shards import ShardReader
@@ -183,6 +184,7 @@ class ShardDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
+        loader.memory = BatchMemory()
         if self.trainer is not None:
             loader.device = self.trainer.strategy.root_device
         return loader

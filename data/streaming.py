@@ -28,6 +28,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data.datamodule import ImageDataModule
 from data.datasets import as_is, captions_of, collate, decode_image, label_of
+from data.memory import BatchMemory
 from data.schema import DECODED_MEMBERS, IMAGE_MEMBERS, DataError
 from data.tars import tar_urls
 from data.transforms import to_unit_range
@@ -129,8 +130,9 @@ class StreamLoader(DataLoader[dict[str, Any]]):
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, Stream), "a StreamLoader is made by StreamDataModule"
         self.dataset.epoch += 1
+        memory = BatchMemory()
         for batch in super().__iter__():
-            yield {**batch, "images": to_unit_range(batch["images"])}
+            yield {**batch, "images": to_unit_range(batch["images"], memory.empty(batch["images"].shape))}
 
 
 class StreamDataModule(LightningDataModule):

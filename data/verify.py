@@ -1,4 +1,4 @@
-"""Re-read a data directory and say what is wrong, down to the member; and describe what it holds."""
+"""Re-read a data directory and say what is wrong, down to the member."""
 
 from __future__ import annotations
 
@@ -66,22 +66,6 @@ def _sample_problems(reader: ShardReader, sample: int, kind: str) -> Iterator[st
         stated = (record.get("width", picture.width), record.get("height", picture.height))
         if picture.size != stated:
             yield f".{name}: {picture.size[0]} x {picture.size[1]}, the json says {stated[0]} x {stated[1]}"
-
-
-def describe(data_dir: Path) -> str:
-    """Return a summary of the manifest with histograms as bars."""
-    manifest = read_manifest(data_dir)
-    lines = [f"{data_dir}: {manifest['kind']}, {len(manifest['shards'])} shards"]
-    for split, count in manifest["counts"].items():
-        size = sum(s["bytes"] for n, s in manifest["shards"].items() if n.startswith(split + "/"))
-        lines.append(f"  {split}: {count} samples, {size / 1e6:.1f} MB")
-    for title in ("dropped", "short_side", "caption_length"):
-        bins = manifest.get(title) or {}
-        most = max(bins.values(), default=1)
-        lines.append(f"  {title.replace('_', ' ')}:" + ("" if bins else " none"))
-        for name, count in bins.items():
-            lines.append(f"    {name:>16} {count:>9} {'#' * -(-40 * count // most)}")
-    return "\n".join(lines)
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from data import finalize as finalize_module
@@ -27,6 +28,7 @@ from data.prepare import PrepareConfig
 from data.quality import near_duplicates, picture_hash
 from data.schema import DataError, split_of
 from data.sources import SourceConfig
+from data.stats import describe, plot
 from data.verify import verify
 from tests.data_samples import (
     contents,
@@ -358,12 +360,43 @@ def test_verify_names_what_is_wrong_down_to_the_member(tmp_path: Path) -> None:
     assert "77777.tar: not in the manifest" in problems
 
 
+def test_stats_print_and_plot_every_histogram_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each count is on a bar, in the text and in the picture; a set that lost nothing has no panel for it."""
+    drawn: list[Any] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    folder = flickr_folder(tmp_path / "flickr", count=9, captions=2)
+    (folder / "Images" / "004_ab.jpg").write_bytes(b"no picture")
+    (folder / "Images" / "005_ab.jpg").unlink()
+    manifest = prepared(SourceConfig("folder", (str(folder),)), tmp_path / "out", filters={"min_caption": 3})
+    text, path = describe(tmp_path / "out"), plot(tmp_path / "out")
+    assert path == tmp_path / "out" / "stats.png" and Image.open(path).size[0] == 960
+    panels = {panel.get_title(loc="left"): panel for panel in drawn[0].axes}
+    bars = {title: [bar.get_width() for bar in panel.patches] for title, panel in panels.items()}
+    assert bars == {
+        "samples left out": [1, 1],
+        "short side, pixels": [7],
+        "caption length, characters": [14],
+        "samples per split": list(manifest["counts"].values()),
+    }
+    names = [label.get_text() for label in panels["short side, pixels"].get_yticklabels()]
+    assert names == ["32-63"] and "           32-63         7 ####" in text  # they were 40 pixels high
+    assert "missing         1" in text and "unreadable         1" in text and "repaired: none" in text
+    assert list(verify(tmp_path / "out")) == []  # the picture is no part of the data
+
+
 def test_commands_end_with_a_sentence_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     assert main(["prepare", "--source", "scenes", "--num", "30", "--size", "16", "--out", out, "--workers", "1"]) == 0
     assert "train and" in capsys.readouterr().out
     assert main(["verify", out]) == 0 and main(["stats", out]) == 0
-    assert "caption length" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "caption length" in said and "plotted in" in said and (tmp_path / "out" / "stats.png").is_file()
     assert main(["prepare", "--path", str(tmp_path / "nowhere"), "--out", out]) == 1
     assert "no file or folder at" in capsys.readouterr().err
     assert main(["stats", str(tmp_path)]) == 1

@@ -19,7 +19,11 @@ import webdataset
 from PIL import Image
 
 from data.datamodule import ImageDataModule, LatentDataModule
+from data.datasets import decode_image
 from data.latents import LatentShardWriter, write_latent_manifest
+from data.memory import BatchMemory
+from data.pictures import open_picture, plain_jpeg_size
+from data.resize import pixels_of, resize
 from data.scenes import Scenes
 from data.schema import DataError
 from data.shards import ShardReader, ShardWriter, index_tar, member_places
@@ -71,6 +75,67 @@ def test_range_changes_and_back_lose_nothing() -> None:
     pixels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_pixels(to_unit_range(pixels)), pixels)
     assert to_unit_range(pixels)[[0, -1]].tolist() == [-1.0, 1.0]
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
+    memory = BatchMemory()
+    first = memory.empty((4, 3))
+    place, held = first.data_ptr(), first.fill_(1.0)[2:]  # a slice is enough to hold it
+    del first
+    other = memory.empty((4, 3))
+    assert other.data_ptr() != place
+    other.fill_(2.0)
+    assert torch.equal(held, torch.ones(2, 3))
+    del held
+    assert memory.empty((2, 3)).data_ptr() == place  # a smaller batch fits
+    weight = torch.ones((), requires_grad=True)
+    loss = (memory.empty((4, 3)).fill_(3.0) * weight).sum()
+    memory.empty((4, 3)).fill_(9.0)
+    loss.backward()
+    assert weight.grad == 36.0  # the graph saved the threes
+    assert pickle.loads(pickle.dumps(other)).eq(2.0).all()
+
+
+def test_batches_that_are_held_stay_as_they_were(scenes: Path) -> None:
+    loader = module(scenes, in_memory=False).train_dataloader()
+    held = list(loader)
+    copies = [batch["images"].clone() for batch in held]
+    places = {batch["images"].data_ptr() for batch in held}
+    assert len(places) == len(held) > 6
+    for batch in loader:
+        assert batch["images"].is_contiguous() and batch["images"].data_ptr() not in places
+    assert all(torch.equal(batch["images"], copy) for batch, copy in zip(held, copies, strict=True))
+    del held, batch
+    assert len({batch["images"].data_ptr() for batch in loader}) <= 3  # and where nobody holds them, used again
+
+
+def test_plain_jpegs_decode_as_any_and_others_are_left_to_pil() -> None:
+    whole, grey = encoded(photo(1)), encoded(photo(1).convert("L"))
+    for data in (whole, grey, encoded(photo(1), progressive=True)):
+        assert plain_jpeg_size(data) == (60, 40)
+        wanted = resize(pixels_of(data, open_picture(data), 40, "center_crop"), 40).numpy()
+        assert np.array_equal(decode_image("", data, 40), wanted)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(photo(1), exif=exif)
+    for data in (turned, encoded(photo(1).convert("CMYK")), encoded(photo(1), "PNG"), whole[:-9], whole[:30], b""):
+        assert plain_jpeg_size(data) is None
+    upright = np.asarray(photo(1).rotate(-90, expand=True).crop((0, 10, 40, 50)), np.int16)
+    assert np.abs(decode_image("", turned, 40).transpose(1, 2, 0) - upright).mean() < 6
+    at = whole.index(b"\xff\xc0")
+    claims = whole[: at + 5] + (1000).to_bytes(2, "big") + b"\xff\xff" + whole[at + 9 :]  # 65,535 x 1,000
+    assert plain_jpeg_size(claims) == (65535, 1000)
+    with pytest.raises(DataError, match="over 64000000 pixels"):
+        decode_image("", claims, 300)
+
+
+@pytest.mark.parametrize("side", [16, 300])
+def test_the_range_changes_alike_in_any_layout_and_block(side: int) -> None:
+    pixels = torch.randint(0, 256, (3, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    images = to_unit_range(pixels)
+    assert images.is_contiguous() and torch.equal(images, pixels.float() * (1 / 127.5) - 1)
+    out = torch.empty(3, 3, side, side)
+    assert to_unit_range(pixels, out) is out and torch.equal(out, images)
 
 
 def test_pictures_of_another_size_are_fitted(tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from data.datamodule import ImageDataModule
-from data.datasets import decode_image
+from data.datasets import as_is
 from data.order import permutation
 from data.prepare import Chunk, PrepareConfig, write_chunk
 from data.schema import Drop, Sample, Stretch, cut
@@ -147,51 +148,68 @@ def bench_memory(count: int, folder: Path) -> dict[str, int]:
 
 
 class Bytes(Dataset[Any]):
-    """The least a loader can do: the same bytes, already in memory, decoded and stacked."""
+    """The least a loader can do: the same bytes, already in memory, decoded by torchvision alone and stacked."""
 
     def __init__(self, pictures: list[bytes]) -> None:
         self.pictures = pictures
 
+    def decode(self, data: bytes) -> np.ndarray:
+        """Return the pixels of a JPEG, (3, H, W) uint8."""
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB).numpy()
+
     def __getitem__(self, batch: list[int]) -> torch.Tensor:
-        return torch.from_numpy(np.stack([decode_image("", self.pictures[i], 256) for i in batch]))
+        return torch.from_numpy(np.stack([self.decode(self.pictures[i]) for i in batch]))
 
 
 class BytesByPIL(Bytes):
     """The same with PIL's decoder."""
 
-    def __getitem__(self, batch: list[int]) -> torch.Tensor:
-        return torch.from_numpy(
-            np.stack([np.asarray(Image.open(io.BytesIO(self.pictures[i])).convert("RGB")) for i in batch])
-        )
+    def decode(self, data: bytes) -> np.ndarray:
+        """Return the pixels of a picture, (H, W, 3) uint8."""
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def bench_reading(folder: Path, rounds: int, workers: int) -> dict[str, float]:
-    """Images per second: decoding bytes held in memory, batches as workers hand them over, and finished float batches.
+    """Pictures per second. Without workers by processor time, with workers by the wall clock.
 
-    Without workers by processor time, with workers by the wall clock.
+    raw            the same bytes held in memory, decoded and stacked on the same workers: no reading, no captions
+    raw, floats    the same, and floats in [-1, 1] made of them in the training process, as a plain loop does it
+    batches        what a loader hands over: shards read, captions and labels parsed, pictures uint8; what a GPU is sent
+    finished       what a training step on a CPU gets: `batches` as floats
+
+    The figures to look at are batches / raw and finished / (raw, floats): equal work on both sides, but for reading.
     """
     module = ImageDataModule(str(folder), 32, image_size=256, in_memory=False, num_workers=workers)
     images = module.split("train")
     raw = [images.reader.read(i, "jpg") or b"" for i in range(len(images))]
     plans = list(module.train_dataloader().sampler)
     rows = [list(plan.samples) for plan in plans]
+    loader = module.train_dataloader()
 
-    def load(dataset: Any, sampler: list[Any]) -> Callable[[], int]:
+    def load(dataset: Any, sampler: list[Any], floats: bool = False) -> Callable[[], int]:
         def loop() -> int:
-            for _ in DataLoader(dataset, None, sampler=sampler, num_workers=workers):
-                pass
+            for batch in DataLoader(dataset, None, sampler=sampler, num_workers=workers, collate_fn=as_is):
+                if floats:
+                    batch.to(torch.float32).mul_(1 / 127.5).sub_(1.0)
             return len(raw)
 
         return loop
 
     def finished() -> int:
-        for _ in module.train_dataloader():
+        for _ in loader:
             pass
         return len(raw)
 
-    loops = {"raw, PIL": load(BytesByPIL(raw), rows), "raw": load(Bytes(raw), rows), "batches": load(images, plans)}
-    rates = in_turns({**loops, "finished": finished}, rounds, time.perf_counter if workers else time.process_time)
-    return {**rates, **{f"batches / {name}": rates["batches"] / rates[name] for name in ("raw", "raw, PIL")}}
+    loops = {
+        "raw": load(Bytes(raw), rows),
+        "raw, PIL": load(BytesByPIL(raw), rows),
+        "raw, floats": load(Bytes(raw), rows, floats=True),
+        "batches": load(images, plans),
+        "finished": finished,
+    }
+    rates = in_turns(loops, rounds, time.perf_counter if workers else time.process_time)
+    pairs = [("batches", "raw"), ("batches", "raw, PIL"), ("finished", "raw, floats"), ("finished", "raw")]
+    return {**rates, **{f"{a} / ({b})": rates[a] / rates[b] for a, b in pairs}}
 
 
 def bench_shuffle(folder: Path) -> dict[str, float]:
@@ -221,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="of the loaders that are read with")
     parser.add_argument("--only", choices=("prepare", "memory", "reading", "shuffle"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -228,14 +247,14 @@ def main() -> None:
         folder = Path(name)
         pictures = photographs(options.pictures)
         say("pictures", {"count": len(pictures), "kB": float(np.mean([len(p) for p in pictures])) / 1000})
-        if options.only in (None, "prepare", "reading", "shuffle"):
+        if options.only in (None, "prepare"):
             say("prepare", bench_prepare(pictures, options.rounds, folder / "prepare"))
         if options.only in (None, "memory"):
             say("memory", bench_memory(600, folder))
         if options.only in (None, "reading", "shuffle"):
             shards = write_photo_shards(pictures, folder / "shards")
         if options.only in (None, "reading"):
-            for workers in (0, 2):
+            for workers in options.workers:
                 say(f"reading, {workers} workers", bench_reading(shards, options.rounds, workers))
         if options.only in (None, "shuffle"):
             say("shuffle", bench_shuffle(shards))
