@@ -1,8 +1,8 @@
 """`python -m tests.benchmarks.bench_prior`: what a sample costs with our head and with the head of MAR, in one run.
 
 A 100-million-parameter causal prior with the head of MAR-B (6 blocks of 1,024), 32 latents of 16 floats, batch 8,
-guided: midpoint x 4 with that head's time tabulated and its condition in every block, or added once, against 100
-ancestral steps with full adaLN. The slow one is timed on lines of 1 and of `--latents` latents: each further latent
+guided: midpoint x 4 with that head's time tabulated and its condition in every block, or added once, or added once
+with half the blocks, against 100 ancestral steps with full adaLN. The slow one is timed on lines of 1 and of `--latents` latents: each further latent
 costs what the difference says. CPU time of the process is printed beside wall time, because a shared machine stretches
 only the latter. Weights are held in the format of the products (`cast_weights`) for all. Head FLOPs are counted.
 """
@@ -81,6 +81,10 @@ def main(arguments: list[str] | None = None) -> None:
         slow: (DiffusionHead(AdaLNNet(**net), solver=DDPM(100)), options.latents),
         "flow, condition in blocks, midpoint x 4": (FlowHead(HoistedNet(**net)), LATENTS),
         "flow, condition added, midpoint x 4": (FlowHead(AddedConditionNet(**net)), LATENTS),
+        "flow, condition added, half depth": (
+            FlowHead(AddedConditionNet(**{**net, "depth": HEAD_DEPTH // 2})),
+            LATENTS,
+        ),
     }
     rows = {}
     for name, (head, latents) in heads.items():
