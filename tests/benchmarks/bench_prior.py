@@ -2,9 +2,10 @@
 
 A 100-million-parameter causal prior with the head of MAR-B (6 blocks of 1,024), 32 latents of 16 floats, batch 8,
 guided: midpoint x 4 with that head's time tabulated and its condition in every block, or added once, or added once
-with half the blocks, against 100 ancestral steps with full adaLN. The slow one is timed on lines of 1 and of `--latents` latents: each further latent
-costs what the difference says. CPU time of the process is printed beside wall time, because a shared machine stretches
-only the latter. Weights are held in the format of the products (`cast_weights`) for all. Head FLOPs are counted.
+with half the blocks, against 100 ancestral steps with full adaLN. The slow one is timed on lines of 1 and of
+`--latents` latents: each further latent costs what the difference says. CPU time of the process is printed beside wall
+time, because a shared machine stretches only the latter. Weights are held in the format of the products
+(`cast_weights`) for all. Head FLOPs are counted.
 """
 
 import argparse
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not 2 <= options.latents <= LATENTS:
         parser.error(f"got --latents {options.latents}, wanted 2 to {LATENTS}")
     torch.manual_seed(0)
+    half = HEAD_DEPTH // 2
     net = {"latent_dim": CHANNELS, "cond_dim": WIDTH, "width": HEAD_WIDTH, "depth": HEAD_DEPTH}
     slow = "diffusion, full adaLN, DDPM x 100"
     heads = {
