@@ -83,10 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
         slow: (DiffusionHead(AdaLNNet(**net), solver=DDPM(100)), options.latents),
         "flow, condition in blocks, midpoint x 4": (FlowHead(HoistedNet(**net)), LATENTS),
         "flow, condition added, midpoint x 4": (FlowHead(AddedConditionNet(**net)), LATENTS),
-        "flow, condition added, half depth": (
-            FlowHead(AddedConditionNet(**{**net, "depth": HEAD_DEPTH // 2})),
-            LATENTS,
-        ),
+        "flow, condition added, half depth": (FlowHead(AddedConditionNet(**{**net, "depth": half})), LATENTS),
     }
     rows = {}
     for name, (head, latents) in heads.items():
