@@ -15,6 +15,7 @@ from stage2_prior.contract import Prior, PriorError
 
 CHOICES = 10  # captions that a line is scored under, its own among them
 STEPS = 8  # of the solver; twice as many for the figure in nats, whose error is the difference
+CHOICE_STEPS = 4  # captions differ by whole nats, the solver errs by tenths
 
 
 def likelihood_report(prior: Prior, z: Tensor, captions: list[str]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def classification_report(
         drawn = torch.randperm(len(others), generator=generator)[: choices - 1].tolist()
         asked += [caption, *(others[i] for i in drawn)]
     try:
-        found = prior.log_prob(z[:lines].repeat_interleave(choices, 0), asked, STEPS).cpu()
+        found = prior.log_prob(z[:lines].repeat_interleave(choices, 0), asked, CHOICE_STEPS).cpu()
     except PriorError as error:
         return {"skipped": str(error)}
     by_prefix = found.double().cumsum(1).unflatten(0, (-1, choices))  # (n, choices, K); the own caption is the first

@@ -101,7 +101,8 @@ class LitPrior(pl.LightningModule):
     def load_tokenizer(self) -> nn.Module:
         """The exported tokenizer, on the CPU; loaded once."""
         if not self.frozen:
-            self.frozen = (load_space(self.tokenizer_dir or self.run_dir / "tokenizer"),)
+            with torch.random.fork_rng(devices=[]):  # its first weights are drawn before they are replaced
+                self.frozen = (load_space(self.tokenizer_dir or self.run_dir / "tokenizer"),)
         module = self.frozen[0]
         assert isinstance(module, nn.Module), "load_space saw to it"
         return module.requires_grad_(False)
@@ -162,7 +163,7 @@ class LitPrior(pl.LightningModule):
             return batch["latents"], batch["latents_std"]
         with torch.no_grad():
             mean, std = self.tokenizer.posterior(batch["images"])
-        return mean.float(), std.float()
+        return mean.float().contiguous(), std.float().contiguous()  # noise is drawn in the order of memory
 
     def configure_optimizers(self) -> Any:
         optimizer = MuonAdamW(

@@ -15,10 +15,13 @@ from data.latents import LatentShardWriter, write_latent_manifest
 from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.classifier import AttributeClassifier, Budget, fit_classifier
 from stage1_tokenizer.cli import run_cli
-from stage2_prior import Prior, generation
+from stage2_prior import CausalPrior, Prior, distances, generation
 from stage2_prior import sweep as sweep_module
+from stage2_prior.contract import load_space
+from stage2_prior.generation import GenerationReport
+from stage2_prior.heads import MSEHead
 from stage2_prior.lit_prior import LitPrior
-from stage2_prior.prior_data import PriorDataModule, longest, read_captions
+from stage2_prior.prior_data import PriorDataModule, PriorImageModule, longest, read_captions
 from tests.tiny import SIZE, C, K, tiny_tokenizer
 
 
@@ -58,7 +61,7 @@ def config(run_dir: Path, **data: Any) -> dict[str, Any]:
     }
     report = {
         "class_path": "stage2_prior.generation.GenerationReport",
-        "init_args": {"num_captions": 30, "batch_size": 16, "guidances": [1.0], "nll_lines": 4},
+        "init_args": {"num_captions": 30, "batch_size": 16, "guidances": [1.0], "nll_lines": 4, "classify_lines": 3},
     }
     return {
         "run_dir": str(run_dir),
@@ -110,8 +113,8 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
         return classifier
 
     monkeypatch.setattr(generation, "report_classifier", quick)
-    monkeypatch.setattr(generation, "MANY", 1)
-    monkeypatch.setattr(generation, "same_caption_pairs", lambda images, real: (list(range(20)), list(range(20, 40))))
+    monkeypatch.setattr(distances, "MANY", 1)
+    monkeypatch.setattr(distances, "same_caption_pairs", lambda images, real: (list(range(20)), list(range(20, 40))))
     stage2("test", run_dir)
     metrics = json.loads((run_dir / "generation" / "metrics.json").read_text())
     assert len(metrics["latents"]["2.0"]["std_ratio"]) == K
@@ -121,10 +124,16 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
     assert sizes.get("seen combination", 0) + sizes["unseen combination"] == 30
     assert metrics["cost"]["evaluations_per_latent"] == 8 and metrics["cost"]["images_per_second"] > 0
     assert metrics["diversity"]["smallest_rms_between_two_seeds"] > 0.001
-    assert metrics["distances"]["same_captions"]["n"] == 20
+    same = metrics["distances"]["same_captions"]
+    assert same["n"] == 20 and same["generated_over_reconstruction"]["2.0"] == pytest.approx(
+        same["generated_real"]["2.0"] / same["reconstruction_real"]
+    )
+    told = metrics["classification_by_likelihood"]
+    assert told["lines"] == 3 and told["chance"] == 0.1 and len(told["accuracy_by_prefix"]) == K
     assert metrics["nll"]["lines"] == 4 and len(metrics["nll"]["by_position"]) == K
     page = (run_dir / "generation" / "report.html").read_text()
-    assert "for real pictures of those captions" in page
+    assert "for real pictures of those captions" in page and "Captions told apart by likelihood" in page
+    assert "like is compared with like" in page
     assert "One caption, eight seeds" in page and "unseen combination" in page
 
 
@@ -142,11 +151,113 @@ def test_sweep_fills_every_cell(run_dir: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_pairs_of_one_caption_are_found(run_dir: Path) -> None:
     images = ImageDataModule(str(run_dir / "data"), image_size=SIZE)
     train, real = images.arrays("train"), images.arrays("val")
-    real["captions"][3] = train["captions"][5]
-    rows, twins = generation.same_caption_pairs(images, real)
-    assert 3 in rows
+    real["captions"][3] = real["captions"][4] = train["captions"][5]
+    supply = sum(longest(c) == longest(train["captions"][5]) for c in train["captions"])
+    rows, twins = distances.same_caption_pairs(images, real)
+    assert 3 in rows and (4 in rows) == (supply > 1)
+    assert len(set(twins)) == len(twins)  # no training picture stands for two
     for row, twin in zip(rows, twins, strict=True):
         assert longest(real["captions"][row]) == longest(train["captions"][twin])
+
+
+def test_a_prior_without_a_density_says_so(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "report_classifier", lambda images, run: None)
+    prior = Prior.from_pretrained(run_dir / "prior")
+    assert isinstance(prior, CausalPrior)
+    prior.head = MSEHead(C, 32)
+    report = GenerationReport(num_captions=10, batch_size=10, guidances=[1.0])
+    tokenizer, data = load_space(run_dir / "tokenizer"), PriorDataModule(str(run_dir / "latents"))
+    report.images_dir = str(run_dir / "data")
+    page = report.write(prior, tokenizer, data, tmp_path).read_text()
+    metrics = json.loads((tmp_path / "generation" / "metrics.json").read_text())
+    for part in ("nll", "classification_by_likelihood"):
+        assert "got a MSEHead, wanted a FlowHead" in metrics[part]["skipped"]
+    assert "got a MSEHead" in page
+
+
+# -- pictures, encoded in the step ------------------------------------------------------------------------------------
+
+PICTURES = ["--data=stage2_prior.prior_data.PriorImageModule", f"--data.image_size={SIZE}"]
+
+
+def from_pictures(command: str, run_dir: Path, *more: str) -> None:
+    stage2(command, run_dir, *PICTURES, f"--data.data_dir={run_dir / 'data'}", *more)
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    return [line["val/loss"] for line in lines if "val/loss" in line]
+
+
+def copied(run_dir: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("data", "latents", "tokenizer"):
+        (folder / name).symlink_to(run_dir / name)
+    return folder
+
+
+def test_pictures_train_as_their_latents_do_and_resume_exactly(run_dir: Path, tmp_path: Path) -> None:
+    """The same samples in the same order with the same noise: shards and the step differ by rounding alone."""
+    plain = [
+        "--precision=32-true",
+        "--trainer.max_steps=4",
+        "--checkpoint.every_n_steps=2",
+        "--checkpoint.keep_every=2",
+    ]
+    latents, pictures = copied(run_dir, tmp_path / "latents"), copied(run_dir, tmp_path / "pictures")
+    stage2("fit", latents, *plain)
+    from_pictures("fit", pictures, *plain)
+    wanted, found = losses_of(latents), losses_of(pictures)
+    assert len(found) == 2 and found == pytest.approx(wanted, rel=1e-4)
+    whole = Prior.from_pretrained(pictures / "prior").state_dict()
+    for name, weight in Prior.from_pretrained(latents / "prior").state_dict().items():
+        torch.testing.assert_close(whole[name], weight, rtol=1e-3, atol=1e-3)
+
+    resumed = copied(run_dir, tmp_path / "resumed")
+    middle = pictures / "stage2" / "checkpoints" / "step=2.ckpt"
+    assert not any("tokenizer" in name or "encoder" in name for name in torch.load(middle)["state_dict"])
+    from_pictures("fit", resumed, *plain, f"--resume={middle}")
+    parts = Prior.from_pretrained(resumed / "prior").state_dict()
+    assert all(torch.equal(whole[name], weight) for name, weight in parts.items())
+
+
+def test_flipped_pictures_are_other_samples(run_dir: Path, tmp_path: Path) -> None:
+    """The control of the test above: what the step encodes is what the data module gives."""
+    plain = ["--precision=32-true", "--trainer.max_steps=2"]
+    straight, flipped = copied(run_dir, tmp_path / "straight"), copied(run_dir, tmp_path / "flipped")
+    from_pictures("fit", straight, *plain)
+    from_pictures("fit", flipped, *plain, "--data.flip=1.0")
+    a, b = (Prior.from_pretrained(r / "prior").state_dict()["latent_in.weight"] for r in (straight, flipped))
+    assert (a - b).abs().max() > 1e-4
+
+
+def test_pictures_of_another_size_or_tokenizer_are_refused(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        from_pictures("validate", run_dir, f"--data.image_size={2 * SIZE}")
+    assert "set data.image_size to that" in capsys.readouterr().err
+    tiny_tokenizer(seed=1).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(SystemExit):
+        from_pictures("validate", run_dir, f"--model.tokenizer_dir={tmp_path / 'tokenizer'}")
+    assert "other weights or statistics" in capsys.readouterr().err
+
+
+def test_report_from_pictures_equals_that_from_latents(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "report_classifier", lambda images, run: None)
+    prior, space = Prior.from_pretrained(run_dir / "prior"), load_space(run_dir / "tokenizer")
+    report = GenerationReport(num_captions=16, batch_size=16, guidances=[1.0], nll_lines=2, classify_lines=0)
+    for name, data in (
+        ("a", PriorDataModule(str(run_dir / "latents"))),
+        ("b", PriorImageModule(str(run_dir / "data"), image_size=SIZE)),
+    ):
+        copied(run_dir, tmp_path / name)
+        report.write(prior, space, data, tmp_path / name)
+    a, b = (json.loads((tmp_path / n / "generation" / "metrics.json").read_text()) for n in "ab")
+    assert b["latents"]["2.0"]["std_ratio"] == pytest.approx(a["latents"]["2.0"]["std_ratio"], rel=1e-3)
+    assert b["nll"]["by_position"] == pytest.approx(a["nll"]["by_position"], rel=1e-2)
 
 
 def generation_slots(data: dict[str, Any]) -> Any:
@@ -155,15 +266,21 @@ def generation_slots(data: dict[str, Any]) -> Any:
     return Slots.of_scenes(data["attributes"])
 
 
-def test_predict_makes_a_picture_of_every_caption(run_dir: Path, tmp_path: Path) -> None:
+def test_predict_makes_a_picture_of_every_caption(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("a red circle\n\n# a comment\n" + "a small blue star\n" * 17, encoding="utf-8")
     stage2("predict", run_dir, captions_file=str(captions))
+    assert str(run_dir / "images") in capsys.readouterr().out  # says where they are
     listing = json.loads((run_dir / "images" / "captions.json").read_text())
     assert len(listing) == 18 and listing["00000.png"] == "a red circle"
     pictures = [Image.open(run_dir / "images" / name) for name in listing]
     assert all(p.size == (SIZE, SIZE) for p in pictures)
     assert pictures[1].tobytes() != pictures[2].tobytes()  # one caption, two draws
+    captions.write_text("a red circle\n", encoding="utf-8")
+    stage2("predict", run_dir, captions_file=str(captions))
+    assert sorted(p.name for p in (run_dir / "images").iterdir()) == ["00000.png", "captions.json"]  # no leftovers
 
 
 def test_other_latents_are_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
