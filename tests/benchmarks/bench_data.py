@@ -3,6 +3,8 @@
     prepare   photographs of about 500 x 400 to 256, images per second of a core, against PIL's decode + resize + encode
     memory    peak of a process that prepares N and 4 N pictures
     reading   batches from shards, against decoding the same bytes from memory on the same workers
+    index     finding the members of 10,000 samples at the start
+    captions  memory that a captions file takes while its pictures are prepared
     shuffle   how well the indexed order and the streaming buffer mix
 
 Ratios come from loops that take turns within one run and count the processor time of their own thread or process, so
@@ -35,7 +37,7 @@ from data.datasets import as_is
 from data.order import permutation
 from data.prepare import Chunk, PrepareConfig, write_chunk
 from data.schema import Drop, Sample, Stretch, cut
-from data.shards import ShardReader
+from data.shards import ShardReader, ShardWriter
 from data.sources import SourceConfig
 from data.streaming import StreamDataModule
 
@@ -131,6 +133,17 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 """
 
 
+_HELD = """
+import sys
+from data.sources import SourceConfig, open_source
+def memory(line):
+    return next(int(text.split()[1]) for text in open("/proc/self/status") if text.startswith(line))
+before = memory("VmRSS")
+source = open_source(SourceConfig("folder", (sys.argv[1],)))
+print(memory("VmHWM") - before, memory("VmRSS") - before)
+"""
+
+
 def bench_memory(count: int, folder: Path) -> dict[str, int]:
     """Peak resident memory, in MB, of preparing `count` and four times as many scenes of 256 pixels, and re-reading."""
     peaks = {}
@@ -212,6 +225,28 @@ def bench_reading(folder: Path, rounds: int, workers: int) -> dict[str, float]:
     return {**rates, **{f"{a} / ({b})": rates[a] / rates[b] for a, b in pairs}}
 
 
+def bench_index(folder: Path, rounds: int) -> dict[str, float]:
+    """Seconds of processor time to find the members of 10,000 samples in tars that the system holds in memory."""
+    folder.mkdir()
+    paths = [folder / f"{number:05d}.tar" for number in range(5)]
+    for path in paths:
+        with ShardWriter(path) as shard:
+            for i in range(2000):
+                shard.write(f"{path.stem}{i:05d}", {"jpg": bytes(20_000), "txt": bytes(60), "json": bytes(400)})
+    return {"seconds per 10,000 samples": 10_000 / in_turns({"": lambda: len(ShardReader(paths))}, rounds)[""]}
+
+
+def bench_captions(folder: Path, pictures: int = 100_000) -> dict[str, float]:
+    """Bytes of memory per picture, with one caption of 75 letters, that `prepare` takes for a captions file."""
+    (folder / "Images").mkdir(parents=True)
+    text = "A brown dog runs across the wet grass, number {}, a red ball in its mouth."
+    lines = (f"{i:09d}.jpg,{text.format(i)}\n" for i in range(pictures))
+    (folder / "captions.txt").write_text("image,caption\n" + "".join(lines))
+    run = subprocess.run([sys.executable, "-c", _HELD, str(folder)], check=True, capture_output=True, text=True)
+    peak, held = (int(value) * 1024 / pictures for value in run.stdout.split())
+    return {"peak, bytes per picture": peak, "held, bytes per picture": held}
+
+
 def bench_shuffle(folder: Path) -> dict[str, float]:
     """Share of neighbours in the order that come from one shard, against the share that chance gives."""
     reader = ShardReader(sorted((folder / "train").glob("*.tar")))
@@ -240,7 +275,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="of the loaders that are read with")
-    parser.add_argument("--only", choices=("prepare", "memory", "reading", "shuffle"))
+    parser.add_argument("--only", choices=("prepare", "memory", "reading", "index", "captions", "shuffle"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -256,6 +291,10 @@ def main() -> None:
         if options.only in (None, "reading"):
             for workers in options.workers:
                 say(f"reading, {workers} workers", bench_reading(shards, options.rounds, workers))
+        if options.only in (None, "index"):
+            say("index", bench_index(folder / "index", options.rounds))
+        if options.only in (None, "captions"):
+            say("captions", bench_captions(folder / "captions"))
         if options.only in (None, "shuffle"):
             say("shuffle", bench_shuffle(shards))
 
