@@ -43,6 +43,14 @@ class Cache:
         """The same cache for the first `rows` of the batch."""
         return Cache([k[:rows] for k in self.keys], [v[:rows] for v in self.values], self.length)
 
+    def repeat_last(self, times: int) -> "Cache":
+        """The same cache with `times` more rows, each a copy of the last one."""
+
+        def longer(buffers: list[Tensor]) -> list[Tensor]:
+            return [torch.cat([b, b[-1:].expand(times, -1, -1, -1)]) for b in buffers]
+
+        return Cache(longer(self.keys), longer(self.values), self.length)
+
 
 class SwiGLU(nn.Module):
     """silu(gate x) * up x, then down; hidden width 8/3 of the width, so that it costs what ReLU^2 at 4 does."""

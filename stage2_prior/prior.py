@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
-from stage2_prior.backbone import Backbone
+from stage2_prior.backbone import Backbone, Cache
 from stage2_prior.cast_once import cast_once
 from stage2_prior.conditions import WORD_STD, Condition, words_of
 from stage2_prior.contract import Prior, PriorError, Text
@@ -126,14 +126,12 @@ class CausalPrior(Prior):
         guided_until = max((i + 1 for i, w in enumerate(scales) if w != 1), default=0)
         plan, order = self.head.plan(steps), self.order.permutation(m, self.num_latents, text.ids.device, generator)
         mask, positions = causal_mask(text.text_mask, self.num_latents), self.token_positions(n_words)
-        cache = self.backbone.new_cache(rows, n_words + self.num_latents)
+        cache = self.read_words(text, m, mask, positions)
         x = self.start.expand(rows, 1, -1)
         line: list[Tensor] = []
         for i in range(self.num_latents):
             if self.target is not None:
                 x = x + self.target[order[:, i]].repeat(len(x) // m, 1)[:, None]
-            if i == 0:
-                x = torch.cat([self.words(text.ids), x], dim=1)  # (R,L+1,D)
             seen, end = cache.length, n_words + i + 1
             cond = self.backbone(x, positions[seen:end], mask[:, :, seen:end, :end], cache)[:, -1]  # (R,D)
             z_i = self.head.sample(
@@ -150,6 +148,18 @@ class CausalPrior(Prior):
                 cache, mask = cache.keep_rows(m), mask[:m]
             x = self.latent_in(z_i).to(self.start.dtype).repeat(len(mask) // m, 1)[:, None]  # (R,1,D), twins share z_i
         return scatter_line(torch.stack(line, dim=1), order)  # (B,K,C)
+
+    def read_words(self, text: Text, captions: int, mask: Tensor, positions: Tensor) -> Cache:
+        """A cache with room for the line, filled with the words of every row (words see nothing else).
+
+        Unconditional twins, the rows behind the first `captions`, all say the same: one of them is computed.
+        """
+        rows, n_words = text.ids.shape
+        distinct = min(rows, captions + 1)
+        cache = self.backbone.new_cache(distinct, n_words + self.num_latents)
+        words = self.words(text.ids[:distinct])  # (captions + 1,L,D)
+        self.backbone(words, positions[:n_words], mask[:distinct, :, :n_words, :n_words], cache)
+        return cache if rows == distinct else cache.repeat_last(rows - distinct)
 
     def evaluations(self, steps: int | None = None) -> int:
         return self.head.plan(steps).evaluations
