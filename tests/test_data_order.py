@@ -76,15 +76,24 @@ def test_ranks_stay_equal_when_the_last_samples_do_not_suffice() -> None:
     assert batches == [[2, 1]] * 4  # the ninth sample goes to all four
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_restart_continues_behind_the_samples_seen_also_with_other_ranks(world: int) -> None:
-    whole = permutation(7, 2, 60).tolist()
-    for seen in (0, 8, 24, 56, 60):
-        orders = [BatchOrder(60, 6, seed=7, rank=r, world=world) for r in range(world)]
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_restart_at_every_step_continues_behind_the_samples_seen_on_any_ranks(before: int, after: int) -> None:
+    """103 samples in steps of 12, the last one smaller; stopped after every step and gone on with other ranks."""
+    whole = permutation(7, 2, 103).tolist()
+    first = [BatchOrder(103, 12 // before, seed=7, rank=r, world=before) for r in range(before)]
+    for order in first:
+        order.set_epoch(2)
+    assert len(first[0]) == 9
+    for step in range(10):
+        seen = first[0].samples_after(step)
+        assert seen == min(12 * step, 103)
+        orders = [BatchOrder(103, 12 // after, seed=7, rank=r, world=after) for r in range(after)]
         for order in orders:
-            order.set_start(epoch=2, samples=seen, batches=seen // 8)
+            order.set_start(epoch=2, samples=seen, batches=step)
+            assert len(order) == 9
         assert interleaved(orders, 2) == whole[seen:]
-        assert interleaved(orders, 3) == permutation(7, 3, 60).tolist()
+        assert interleaved(orders, 3) == permutation(7, 3, 103).tolist()
 
 
 def test_steps_of_a_restarted_epoch_count_those_before() -> None:
@@ -118,7 +127,8 @@ def test_keys_come_in_one_order_on_any_ranks_and_workers_and_after_a_restart(
 ) -> None:
     images = ImageDataModule(str(scenes), image_size=16).split("train")
     whole = [images.reader.key(i) for i in permutation(9, 1, len(images))]
-    for seen in (0, 36) if workers == 0 else (36 * (world % 2),):
+    steps = range(-(-len(images) // 12))  # all of them in this process, a few with workers, which take time to start
+    for seen in [12 * step for step in (steps if workers == 0 else (0, 5) if world == 1 else (3,))]:
         ranks = []
         for rank in range(world):
             order = BatchOrder(len(images), 12 // world, seed=9, rank=rank, world=world)
@@ -180,7 +190,9 @@ def fit(
     return model
 
 
-@pytest.mark.parametrize(("stop_after", "workers"), [(1, 0), (4, 2), (6, 0), (9, 0)])
+@pytest.mark.parametrize(
+    ("stop_after", "workers"), [*((step, 0) for step in range(1, 8)), (4, 2), (9, 1), (13, 3)]
+)  # of 18 steps, six an epoch
 def test_resumed_training_sees_exactly_the_samples_it_would_have_seen(
     scenes: Path, tmp_path: Path, stop_after: int, workers: int
 ) -> None:
