@@ -6,15 +6,16 @@
     .json                       COCO captions (`images`, `annotations`), Karpathy's splits (`images[].sentences`),
                                 a list of objects, or {name: caption or list of captions}
 
-Every format gives the same list of `Item`, in the order in which the file first names the pictures.
+Every format gives `Item`s, in the order of the file; a picture with captions in several lines comes several times.
+Lines are read one by one; a json is parsed whole, and takes some ten times its size of memory while that lasts.
 """
 
 from __future__ import annotations
 
 import csv
-import io
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ csv.field_size_limit(1 << 28)  # the default of 128 kB stops the whole file at o
 
 @dataclass
 class Item:
-    """One picture of a captions file: its name below the picture folder, its captions, and its split if stated."""
+    """A picture as a line of a captions file has it: name below the picture folder, captions, and split if stated."""
 
     name: str
     captions: list[str] = field(default_factory=list)
@@ -56,30 +57,39 @@ def find_captions_files(folder: Path) -> list[Path]:
     return (karpathy or token or [p for p in files if p.name.startswith("captions_")])[:1]
 
 
-def read_captions(path: Path) -> list[Item]:
-    """Return the pictures that a captions file names.
+def read_captions(path: Path) -> Iterator[Item]:
+    """Yield the pictures that a captions file names, as often as it names them.
 
     Raises:
         DataError: not a layout listed above, broken beyond a line, or nothing in it.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig", "replace").replace("\0", "\ufffd")
+        if path.suffix == ".json":
+            items = _from_json(_parse("".join(_lines(path)), path), path)
+        elif path.suffix == ".jsonl":
+            items = _from_objects((_parse(line, path) for line in _lines(path) if line.strip()), path)
+        elif ".token" in path.name:
+            items = _from_token(path)
+        else:
+            items = _from_table(path)
+        first = next(items, None)
+        if first is None:
+            raise DataError(f"{path} names no pictures; nothing to prepare")
+        yield first
+        yield from items
     except OSError as error:
         raise DataError(f"cannot read the captions file {path}: {error}") from error
-    if not text.strip():
-        raise DataError(f"the captions file {path} is empty, wanted a header with image,caption and lines below it")
-    if path.suffix == ".json":
-        items = _from_json(_parse(text, path), path)
-    elif path.suffix == ".jsonl":
-        lines = (line for line in text.splitlines() if line.strip())
-        items = _from_objects([_parse(line, path) for line in lines], path)
-    elif ".token" in path.name:
-        items = _from_token(text, path)
-    else:
-        items = _from_table(text, path)
-    if not items:
-        raise DataError(f"{path} names no pictures; nothing to prepare")
-    return items
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines from the first one that is not blank, broken UTF-8 and NUL bytes replaced by U+FFFD."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        lines = itertools.dropwhile(lambda line: not line.strip(), file)
+        first = next(lines, None)
+        if first is None:
+            raise DataError(f"the captions file {path} is empty, wanted a header with image,caption and lines below it")
+        for line in itertools.chain([first], lines):
+            yield line.replace("\0", "\ufffd")
 
 
 def _parse(text: str, path: Path) -> Any:
@@ -89,20 +99,20 @@ def _parse(text: str, path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON: {error}; is it truncated?") from error
 
 
-def _from_table(text: str, path: Path) -> list[Item]:
-    header = text.split("\n", 1)[0]
+def _from_table(path: Path) -> Iterator[Item]:
+    lines = _lines(path)
+    header = next(lines)
     delimiter = max(",\t|;", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter)
     columns = [name.strip().lower() for name in next(reader)]
     name = next((columns.index(c) for c in NAME_COLUMNS if c in columns), None)
     caption = next((columns.index(c) for c in TEXT_COLUMNS if c in columns), None)
     if name is None or caption is None:
         raise DataError(
-            f"the first line of {path} is {header[:120]!r}, wanted a header with an image column "
+            f"the first line of {path} is {header.rstrip()[:120]!r}, wanted a header with an image column "
             f"({', '.join(NAME_COLUMNS)}) and a caption column ({', '.join(TEXT_COLUMNS)})"
         )
     split = columns.index("split") if "split" in columns else None
-    items: dict[str, Item] = {}
     for row in reader:
         if len(row) <= name or not row[name].strip():
             continue
@@ -112,42 +122,33 @@ def _from_table(text: str, path: Path) -> list[Item]:
         for line in text_of_row.split("\n")[1:]:
             if line.split(delimiter, 1)[0].strip().lower().endswith(_PICTURE_ENDINGS):
                 raise DataError(f"{path}, before line {reader.line_num}: a quote is opened and not closed, lines merge")
-        item = items.setdefault(row[name].strip(), Item(row[name].strip()))
-        item.captions.append(text_of_row.strip())
-        if split is not None and len(row) > split:
-            item.split = split_named(row[split].strip())
-    return list(items.values())
+        stated = split_named(row[split].strip()) if split is not None and len(row) > split else None
+        yield Item(row[name].strip(), [text_of_row.strip()], stated)
 
 
-def _from_token(text: str, path: Path) -> list[Item]:
-    items: dict[str, Item] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+def _from_token(path: Path) -> Iterator[Item]:
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")
         if not tab:
             raise DataError(f"{path}, line {number} is {line[:80]!r}, wanted name#0, a tab, and the caption")
-        name = name.rsplit("#", 1)[0].strip()
-        items.setdefault(name, Item(name)).captions.append(caption.strip())
-    return list(items.values())
+        yield Item(name.rsplit("#", 1)[0].strip(), [caption.strip()])
 
 
-def _from_objects(objects: Iterable[Any], path: Path) -> list[Item]:
-    items: dict[str, Item] = {}
+def _from_objects(objects: Iterable[Any], path: Path) -> Iterator[Item]:
     for number, entry in enumerate(objects, 1):
         name = next((entry[c] for c in NAME_COLUMNS if c in entry), None) if isinstance(entry, dict) else None
         if not isinstance(name, str):
             raise DataError(f"{path}, object {number} has no picture name, wanted one of {', '.join(NAME_COLUMNS)}")
-        item = items.setdefault(name, Item(name))
-        item.captions += texts(next((entry[c] for c in TEXT_COLUMNS if c in entry), []))
-        if isinstance(entry.get("split"), str):
-            item.split = split_named(entry["split"])
-    return list(items.values())
+        captions = texts(next((entry[c] for c in TEXT_COLUMNS if c in entry), []))
+        yield Item(name, captions, split_named(entry["split"]) if isinstance(entry.get("split"), str) else None)
 
 
-def _from_json(content: Any, path: Path) -> list[Item]:
+def _from_json(content: Any, path: Path) -> Iterator[Item]:
     if isinstance(content, list):
-        return _from_objects(content, path)
+        yield from _from_objects(content, path)
+        return
     try:
         if "annotations" in content:  # COCO
             split = split_named(path.stem.removeprefix("captions_"))
@@ -155,21 +156,20 @@ def _from_json(content: Any, path: Path) -> list[Item]:
             for annotation in content["annotations"]:
                 if annotation["image_id"] in by_id:
                     by_id[annotation["image_id"]].captions.append(str(annotation["caption"]).strip())
-            return list(by_id.values())
+            yield from by_id.values()
+            return
         if "images" in content:  # Karpathy
-            return [
-                Item(
-                    "/".join(filter(None, (image.get("filepath"), image["filename"]))),
-                    [str(sentence["raw"]).strip() for sentence in image["sentences"]],
-                    split_named(image.get("split", "")),
-                )
-                for image in content["images"]
-            ]
+            for image in content["images"]:
+                name = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+                captions = [str(sentence["raw"]).strip() for sentence in image["sentences"]]
+                yield Item(name, captions, split_named(image.get("split", "")))
+            return
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} looks like COCO or Karpathy json, but an entry lacks {error}") from error
-    if isinstance(content, dict):
-        return [Item(name, texts(captions)) for name, captions in content.items()]
-    raise DataError(f"{path} holds {type(content).__name__}, wanted COCO, Karpathy, a list of objects or a mapping")
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds {type(content).__name__}, wanted COCO, Karpathy, a list of objects or a mapping")
+    for name, captions in content.items():
+        yield Item(name, texts(captions))
 
 
 def texts(value: Any) -> list[str]:

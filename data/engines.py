@@ -7,6 +7,7 @@ have ended. Ray is an optional dependency; it adds that tasks move to whichever 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import threading
@@ -21,7 +22,7 @@ from typing import Any
 from data.finalize import finalize, is_finished, read_record, write_plan
 from data.prepare import Chunk, PrepareConfig, fingerprint_of, plan, write_chunk
 from data.schema import DataError, Source
-from data.sources import find_kind, open_source
+from data.sources import SourceConfig, find_kind, open_source
 
 _POLL = 0.3  # seconds between two reports
 
@@ -165,6 +166,12 @@ def _work(chunk: Chunk) -> None:
     write_chunk(source, job.config, chunk, job.out, job.fingerprint, tick)
 
 
+@functools.lru_cache(maxsize=1)
+def _opened(config: SourceConfig) -> Source:
+    """Open a source once per process: a captions file may take longer than a chunk."""
+    return open_source(config)
+
+
 def ray(job: Job, chunks: list[Chunk]) -> Iterator[tuple[int, int]]:
     """Write the chunks as tasks of a Ray cluster: the one that `RAY_ADDRESS` names, else one on this machine.
 
@@ -185,7 +192,7 @@ def ray(job: Job, chunks: list[Chunk]) -> Iterator[tuple[int, int]]:
         def tick() -> None:
             samples[0] += 1
 
-        write_chunk(open_source(job.config.source), job.config, chunk, job.out, job.fingerprint, tick)
+        write_chunk(_opened(job.config.source), job.config, chunk, job.out, job.fingerprint, tick)
         return samples[0]
 
     absolute = Job(job.config, job.out.absolute(), job.fingerprint)  # workers have another working directory

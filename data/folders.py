@@ -1,14 +1,17 @@
 """Folders of pictures: with a captions file, or sorted into folders by class.
 
-Both are lists of files known before anything is read, so any range of them can be read by anyone. A name that leads out
-of the picture folder is refused, a picture that is named and not there is a counted drop.
+Both are lists of files known before anything is read, so any range of them can be read by anyone. The list is kept in a
+temporary SQLite database and not in memory, so that it may have millions of rows. A name that leads out of the picture
+folder is refused, a picture that is named and not there is a counted drop.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,36 +42,64 @@ class Picture:
     label_name: str | None = None
 
 
+_TABLE = """
+PRAGMA journal_mode = OFF;
+PRAGMA cache_size = -4000;
+CREATE TABLE pictures (number INTEGER PRIMARY KEY, key TEXT, file TEXT, captions TEXT, split TEXT);
+CREATE UNIQUE INDEX files ON pictures (file);
+CREATE INDEX keys ON pictures (key);
+"""
+
+
 class Pictures:
-    """Picture files with captions; a source (`chunks`, `read`, `fingerprint`). The functions below make one."""
+    """Picture files with captions; a source (`chunks`, `read`, `fingerprint`). The functions below make one.
+
+    A picture that is given several times is one picture with all the captions, in the place and the split of its first
+    time. A row holds what identifies the file and the captions as json, whose escapes keep names that are not UTF-8.
+    """
 
     unit = "img"
 
-    def __init__(self, pictures: list[Picture]) -> None:
-        names: dict[str, str] = {}
-        self.pictures: list[Picture] = []
-        for picture in pictures:  # names that differ in their ending only would share a key
-            key = picture.key
-            if names.setdefault(key, str(picture.folder / picture.name)) != str(picture.folder / picture.name):
-                key = clean_key(f"{picture.folder.name}/{picture.name}")
-            self.pictures.append(Picture(key, *(getattr(picture, f) for f in Picture.__annotations__ if f != "key")))
+    def __init__(self, pictures: Iterable[Picture]) -> None:
+        self._rows = sqlite3.connect("")  # a file of its own that vanishes with the connection; 4 MB stay in memory
+        self._rows.executescript(_TABLE)
+        for p in pictures:
+            file = json.dumps([str(p.folder), p.name, p.label, p.label_name])
+            captions = "".join(json.dumps(caption) + "\n" for caption in p.captions)
+            more = "UPDATE pictures SET captions = captions || ?, split = coalesce(split, ?) WHERE file = ?"
+            if self._rows.execute(more, (captions, p.split, file)).rowcount:
+                continue
+            # Names that differ in their ending only would share a key.
+            taken = self._rows.execute("SELECT 1 FROM pictures WHERE key = ?", (p.key,)).fetchone()
+            key = clean_key(f"{p.folder.name}/{p.name}") if taken else p.key
+            new = "INSERT INTO pictures (key, file, captions, split) VALUES (?, ?, ?, ?)"
+            self._rows.execute(new, (key, file, captions, p.split))
+        self._count: int = self._rows.execute("SELECT count(*) FROM pictures").fetchone()[0]
 
     def chunks(self, longest: int) -> list[Stretch]:
         """Cut into equal stretches; pictures of both splits may share one."""
-        return cut(0, len(self.pictures), longest)
+        return cut(0, self._count, longest)
 
     def fingerprint(self) -> str:
         """A hash of names, captions, splits, and the size of every file, so that a changed file is noticed."""
         digest = hashlib.sha256()
-        for p in self.pictures:
+        for p in self._pictures(0, self._count):
             path = p.folder / p.name
             size = path.stat().st_size if path.is_file() else -1
             digest.update(json.dumps([p.key, p.name, p.captions, p.split, p.label, size]).encode())
         return f"folder {digest.hexdigest()[:24]}"
 
+    def _pictures(self, start: int, stop: int) -> Iterator[Picture]:
+        """Yield pictures [start, stop); SQLite numbers rows from 1."""
+        rows = "SELECT key, file, captions, split FROM pictures WHERE number > ? AND number <= ? ORDER BY number"
+        for key, file, captions, split in self._rows.execute(rows, (start, stop)):
+            folder, name, label, label_name = json.loads(file)
+            texts = tuple(json.loads(line) for line in captions.splitlines())
+            yield Picture(key, Path(folder), name, texts, split, label, label_name)
+
     def read(self, start: int, stop: int) -> Iterator[Sample | Drop]:
         """Yield pictures [start, stop) in the order of the captions file or of their names."""
-        for p in self.pictures[start:stop]:
+        for p in self._pictures(start, stop):
             path = (p.folder / p.name).resolve()
             if not path.is_relative_to(p.folder.resolve()):
                 yield Drop(p.key, "outside", f"{p.name} leads out of {p.folder.name}")
@@ -102,15 +133,15 @@ def folder_with_captions(path: Path, images: Path | None) -> Pictures:
         raise DataError(f"{path} holds no captions file (captions.txt, .csv, .tsv, .jsonl or .json)")
     if images is not None and not images.is_dir():
         raise DataError(f"--images {images} is not a folder")
-    pictures = []
-    for file in files:
-        items = read_captions(file)
-        folder = images or _picture_folder(file, [item.name for item in items[:20]])
-        pictures += [
-            Picture(clean_key(item.name.rsplit(".", 1)[0]), folder, item.name, tuple(item.captions), item.split)
-            for item in items
-        ]
-    return Pictures(pictures)
+    return Pictures(itertools.chain.from_iterable(_named_pictures(file, images) for file in files))
+
+
+def _named_pictures(file: Path, images: Path | None) -> Iterator[Picture]:
+    items = read_captions(file)
+    first = list(itertools.islice(items, 20))
+    folder = images or _picture_folder(file, [item.name for item in first])
+    for item in itertools.chain(first, items):
+        yield Picture(clean_key(item.name.rsplit(".", 1)[0]), folder, item.name, tuple(item.captions), item.split)
 
 
 def class_folders(path: Path, templates: tuple[str, ...]) -> Pictures:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data.captions import read_captions
-from data.schema import DataError, clean_key, split_named
+from data.schema import DataError, Sample, clean_key, split_named
 from data.sources import SourceConfig, find_kind, open_source
 from data.tars import tar_urls
 from tests.data_samples import dropped_in, encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
@@ -73,11 +76,14 @@ CAPTIONS_FILES = {
 @pytest.mark.parametrize("name", CAPTIONS_FILES)
 def test_every_captions_file_says_the_same(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text(CAPTIONS_FILES[name])
-    items = {item.name: item for item in read_captions(tmp_path / name)}
-    got = {name: item.captions for name, item in items.items()}
+    items = list(read_captions(tmp_path / name))
+    got: dict[str, list[str]] = {}
+    for item in items:
+        got.setdefault(item.name, []).extend(item.captions)
     assert got == {"a.jpg": ["one, two", "four"], "b.jpg": ["three"]}
     stated = {"dataset_coco.json": ("val", "train"), "captions_val2017.json": ("val", "val")}
-    assert (items["a.jpg"].split, items["b.jpg"].split) == stated.get(name, (None, None))
+    splits = {item.name: item.split for item in items}
+    assert (splits["a.jpg"], splits["b.jpg"]) == stated.get(name, (None, None))
 
 
 def test_coco_folder_with_a_file_and_a_folder_per_split(tmp_path: Path) -> None:
@@ -103,6 +109,47 @@ def test_names_that_are_missing_or_lead_out_are_counted_and_the_rest_is_kept(tmp
     manifest = prepared(source("folder", folder), tmp_path / "out")
     assert manifest["dropped"] == {"missing": 1, "outside": 1} and sum(manifest["counts"].values()) == 6
     assert sorted(reason for _, reason in dropped_in(tmp_path / "out")) == ["missing", "outside"]
+
+
+def test_captions_of_a_picture_may_lie_far_apart_and_keep_its_place(tmp_path: Path) -> None:
+    """Also for a name that is not UTF-8 and a caption with half a surrogate pair, as a json may hold it."""
+    odd = os.fsdecode(b"n\xff.jpg")
+    (tmp_path / "Images").mkdir()
+    names = ["b.jpg", "a.jpg", odd, "c.jpg"]
+    for number, name in enumerate(names):
+        (tmp_path / "Images" / name).write_bytes(encoded(photo(number)))
+    rows = [*((name, f"first of {i}") for i, name in enumerate(names)), ("a.jpg", "half \ud83d"), ("b.jpg", "last")]
+    with open(tmp_path / "captions.jsonl", "w") as file:
+        file.writelines(json.dumps({"image": name, "caption": caption}) + "\n" for name, caption in rows)
+    opened = open_source(source("folder", tmp_path))
+    read = [s for s in opened.read(0, 4) if isinstance(s, Sample)]
+    assert [s.captions for s in read] == [
+        ["first of 0", "last"],
+        ["first of 1", "half \ud83d"],
+        ["first of 2"],
+        ["first of 3"],
+    ]
+    assert [s.key for s in opened.read(1, 2)] == ["a"] and opened.chunks(9)[0].stop == 4
+    assert [s.image for s in read] == [encoded(photo(number)) for number in range(4)]
+
+
+def test_memory_does_not_grow_with_the_captions_file(tmp_path: Path) -> None:
+    """Twenty times the rows in less than 12 MB more, where a list of them would take a kilobyte each: 38 MB."""
+    (tmp_path / "Images").mkdir()
+    peaks = []
+    for rows in (2_000, 40_000):
+        lines = (
+            f"{i:09d}.jpg,picture number {i} with a caption of some eighty letters as photographs have\n"
+            for i in range(rows)
+        )
+        (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(lines))
+        code = (
+            "import sys; from data.sources import *; open_source(SourceConfig('folder', (sys.argv[1],)));"
+            "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+        )
+        run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+        peaks.append(int(run.stdout))
+    assert peaks[1] - peaks[0] < 12_000
 
 
 def test_names_that_differ_in_their_ending_stay_two_samples(tmp_path: Path) -> None:
@@ -134,7 +181,7 @@ def test_a_captions_file_that_is_not_one_gets_a_sentence(
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=sentence):
-        read_captions(tmp_path / name)
+        list(read_captions(tmp_path / name))
 
 
 def test_class_folders_with_splits_and_templates(tmp_path: Path) -> None:
