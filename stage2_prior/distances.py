@@ -69,25 +69,27 @@ def distance_report(
 
         def measured(distance: Callable[[Tensor, Tensor], float]) -> dict[str, Any]:
             found: dict[str, Any] = {name: distance(reference[rows], x) for name, x in sets.items()}
-            ours = {w: distance(reference[rows], x) for w, x in by_guidance.items()}
-            ratio = {w: d / found["reconstruction_real"] for w, d in ours.items()}
-            return found | {"generated_real": ours, "generated_over_reconstruction": ratio}
+            return found | {"generated_real": {w: distance(reference[rows], x) for w, x in by_guidance.items()}}
 
-        out["same_captions"] = {"n": len(rows), **measured(frechet_distance)}
+        same = measured(frechet_distance)
+        ratio = {w: distance / same["reconstruction_real"] for w, distance in same["generated_real"].items()}
+        out["same_captions"] = {"n": len(rows), **same, "generated_over_reconstruction": ratio}
         if len(rows) >= 2 * reference.shape[1]:  # below, half of them do not span the features and no line is straight
             out["same_captions"]["at_infinity"] = measured(lambda a, b: frechet_at_infinity(a, b, seed))
     return out
 
 
 def frechet_at_infinity(a: Tensor, b: Tensor, seed: int = 0) -> float:
-    """Frechet distance of features (N,D) and (N,D) extrapolated to infinite N, by a straight line in 1 / n."""
+    """Frechet distance of features (N,D) and (N,D) extrapolated to infinite N, by a straight line in 1 / n.
+
+    Each n takes the same rows of both, so that sets with one list of captions keep having one.
+    """
     generator = torch.Generator().manual_seed(seed)
-    most = min(len(a), len(b))
-    sizes = torch.linspace(most / 2, most, POINTS).round().long().tolist()
+    sizes = torch.linspace(len(a) / 2, len(a), POINTS).round().long().tolist()
     found = []
     for n in sizes:
-        mine, theirs = (x[torch.randperm(len(x), generator=generator)[:n]] for x in (a, b))
-        found.append(frechet_distance(mine, theirs))
+        rows = torch.randperm(len(a), generator=generator)[:n]
+        found.append(frechet_distance(a[rows], b[rows]))
     line = torch.stack([torch.ones(POINTS), 1 / torch.tensor(sizes)], dim=1).double()  # (points, 2)
     return torch.linalg.lstsq(line, torch.tensor(found).double()[:, None]).solution[0].item()
 

@@ -67,7 +67,7 @@ class GenerationReport:
         batch_size: int = 250,
         images_dir: str | None = None,
         nll_lines: int = 64,
-        classify_lines: int = 32,
+        classify_lines: int = 16,
         seed: int = 0,
     ) -> None:
         if num_captions < 8 or batch_size < 1:
@@ -274,6 +274,8 @@ class GenerationReport:
                 f"Captions told apart by likelihood: {told['lines']} lines, {told['captions_per_line']} captions each"
             )
             report.curve(heading, "latents", "accuracy", curve)
+            knows = {"own caption over others": (line, told["nats_by_position"])}
+            report.curve("What each latent knows of its caption", "position", "nats", knows)
         skipped = [["negative log-likelihood", nll], ["classification by likelihood", told]]
         if any("skipped" in part for _, part in skipped):
             rows = [[name, part["skipped"]] for name, part in skipped if "skipped" in part]

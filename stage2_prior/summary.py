@@ -57,9 +57,16 @@ def generation_lines(metrics: dict[str, Any]) -> list[str]:
         groups = "  ".join(f"{name} {share:.3f}" for name, share in read.items() if "without" not in name)
         lines.append(f"everything the caption says is in the picture, guidance {guidance}: {groups}")
     distances, spread = metrics["distances"], metrics["latents"][guidance]
+    fair = ""
+    if "same_captions" in distances:
+        same = distances["same_captions"]
+        fair = (
+            f"; on {same['n']} captions of training pictures {same['generated_real'][guidance]:.1f}, of other pictures"
+            f" with these captions {same['reconstruction_real']:.1f} reconstructed, {same['real_real']:.1f} real"
+        )
     lines.append(
         f"Frechet distance [{distances['features']}, n = {distances['n']}] {distances['generated_real'][guidance]:.1f} "
-        f"(reconstructions {distances['reconstruction_real']:.1f}, real pictures {distances['real_real']:.1f}); "
+        f"(reconstructions {distances['reconstruction_real']:.1f}, real pictures {distances['real_real']:.1f}{fair}); "
         f"spread of latents {spread['lowest']:.2f} to {spread['highest']:.2f} of the data's; "
         f"{metrics['cost']['images_per_second']:.0f} images/s"
     )

@@ -24,6 +24,9 @@ def test_extrapolation_takes_the_bias_of_a_finite_n_away() -> None:
     plain = sum(frechet_distance(a, b) for a, b in same) / 4
     extrapolated = sum(frechet_at_infinity(a, b, i) for i, (a, b) in enumerate(same)) / 4
     assert plain > 0.2 and abs(extrapolated) < 0.3 * plain
+    content = 5 * normal(600, 20)  # what the captions say: rows of both sets share it
+    a, b = content + normal(600, 21), content + normal(600, 22)
+    assert abs(frechet_at_infinity(a, b)) < 0.5 * frechet_distance(a, b)
     a, b = normal(600, 11), normal(600, 12, shift=2.0)
     assert abs(frechet_at_infinity(a, b) - 4.0) < 0.5
 

@@ -44,7 +44,15 @@ def test_both_pages_and_five_lines(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.count("report.html") == 2 and out.count("\n* ") == 5
     for figure in ("1: 28.3 (+5.7)", "94.0%", "60.0% among 1000 (300 times chance)", "1 object 0.970", "431 images/s"):
         assert figure in out
-    assert "without shapes" not in out
+    assert "without shapes" not in out and "on 624 captions" not in out
+
+
+def test_figures_of_the_same_captions_stand_beside_each_other(tmp_path: Path) -> None:
+    generation = metrics()["generation"]
+    same = {"n": 624, "generated_real": {"2.0": 16.4}, "reconstruction_real": 10.1, "real_real": 9.7}
+    generation["distances"]["same_captions"] = same
+    line = summary.generation_lines(generation)[-1]
+    assert "on 624 captions of training pictures 16.4, of other pictures with these captions 10.1 reconstructed" in line
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
