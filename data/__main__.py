@@ -62,7 +62,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--format", default=None, choices=("jpg", "png", "webp", "keep"), help="of the pictures (up to 64 pixels: png)")
     add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100")
     add("--val-fraction", type=float, default=0.05, help="share of the keys that go to val")
-    add("--shard-size", type=int, default=2000, help="samples per shard, at most")
+    add("--shard-size", type=int, default=2000, help="samples per shard, at most (tars: one shard of each)")
     add("--min-side", type=int, default=limits.min_side, help="in pixels, before resizing")
     add("--max-aspect", type=float, default=limits.max_aspect, help="longest over shortest side")
     add("--max-pixels", type=int, default=limits.max_pixels, help="larger pictures are never decoded")

@@ -12,13 +12,13 @@ import json
 import platform
 from collections import Counter
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 
-from data.prepare import Chunk, PrepareConfig
+from data.prepare import CODECS, Chunk, PrepareConfig
 from data.quality import near_duplicates
 from data.schema import SCHEMA_VERSION, SPLITS, DataError, Drop, write_bytes, write_json
 from data.shards import ShardReader, ShardWriter
@@ -212,7 +212,7 @@ def _write_manifest(out: Path, content: dict[str, Any], chunks: list[Chunk], fin
         **{name: {k: sums[name][k] for k in sorted(sums[name], key=int)} for name in ("caption_length", "short_side")},
         "config": content["config"],
         "fingerprint": fingerprint,
-        "versions": {"python": platform.python_version(), "pillow": PIL.__version__},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in CODECS},
         "shards": dict(sorted(shards.items())),
     }
     write_json(out / "manifest.json", manifest)

@@ -51,6 +51,8 @@ from data.schema import (
 from data.shards import ShardWriter
 from data.sources import SourceConfig
 
+CODECS = ("pillow", "torch", "torchvision")  # packages whose versions may change the bytes of a picture
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -63,7 +65,8 @@ class PrepareConfig:
         format: "jpg", "png" or "webp", or "keep": the bytes of the source, untouched.
         quality: of jpg and webp, 1 to 100.
         val_fraction: share of the keys that go to val, 0 to 1; sources with splits of their own keep them.
-        shard_size: items of the source per chunk, so at most that many samples per shard.
+        shard_size: items of the source per chunk, so at most that many samples per shard; where the items are tars,
+            each becomes one shard per split, whatever its size.
         filters: what is left out.
         score_model, score_weights: an open_clip model by name or json, and its weights; None scores nothing.
         min_score: pairs whose cosine under that model is lower are left out.
@@ -120,7 +123,7 @@ def plan(source: Source, config: PrepareConfig) -> list[Chunk]:
 def fingerprint_of(source: Source, config: PrepareConfig) -> str:
     """Return a hash of everything that decides the bytes of the shards, the codecs' versions included."""
     options = {name: value for name, value in asdict(config).items() if name != "source"}
-    versions = [importlib.metadata.version(name) for name in ("pillow", "torch", "torchvision")]
+    versions = [importlib.metadata.version(name) for name in CODECS]
     text = json.dumps([SCHEMA_VERSION, source.fingerprint(), options, versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -85,7 +85,11 @@ class Tars:
                 raise DataError(f"no tar at {url}; check --path")
 
     def chunks(self, longest: int) -> list[Stretch]:
-        """One stretch per tar, whatever its number of samples."""
+        """One stretch per tar, whatever its number of samples.
+
+        How many it has is only known when it is read. Shards of a size of our own would mean to read every tar, perhaps
+        from far away, before the first shard could get its number, or a chunk that waits for the one before it.
+        """
         return [Stretch(i, i + 1, split_named(PurePosixPath(u).parent.name)) for i, u in enumerate(self.urls)]
 
     def fingerprint(self) -> str:

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
 from data.pictures import PictureError, decode
 from data.schema import IMAGE_MEMBERS, LATENT_MEMBER, DataError, read_manifest
 from data.shards import ShardReader, index_tar
@@ -36,7 +40,7 @@ def verify(data_dir: Path) -> Iterator[str]:
             yield f"{name}: {len(entries)} samples, the manifest says {shard['count']}"
         reader = ShardReader([path])
         for sample in range(len(reader)):
-            for problem in _sample_problems(reader, sample, manifest["kind"]):
+            for problem in _sample_problems(reader, sample, manifest):
                 yield f"{name}: {reader.key(sample)}{problem}"
     for split in ("train", "val"):
         for path in sorted((data_dir / split).glob("*.tar")):
@@ -44,9 +48,10 @@ def verify(data_dir: Path) -> Iterator[str]:
                 yield f"{split}/{path.name}: not in the manifest"
 
 
-def _sample_problems(reader: ShardReader, sample: int, kind: str) -> Iterator[str]:
+def _sample_problems(reader: ShardReader, sample: int, manifest: dict[str, Any]) -> Iterator[str]:
     names = reader.member_names(sample)
-    wanted = IMAGE_MEMBERS if kind == "images" else (LATENT_MEMBER,)
+    pictures = manifest["kind"] == "images"
+    wanted = IMAGE_MEMBERS if pictures else (LATENT_MEMBER,)
     main = [name for name in names if name in wanted]
     if len(main) != 1:
         yield f": members {names}, wanted one of {', '.join(wanted)}"
@@ -56,16 +61,35 @@ def _sample_problems(reader: ShardReader, sample: int, kind: str) -> Iterator[st
         yield f".json: {error}"
         return
     for name in main:
-        if kind != "images":
-            continue
-        try:
-            picture = decode(reader.read(sample, name) or b"")
-        except PictureError as error:
-            yield f".{name}: {error}"
-            continue
-        stated = (record.get("width", picture.width), record.get("height", picture.height))
-        if picture.size != stated:
-            yield f".{name}: {picture.size[0]} x {picture.size[1]}, the json says {stated[0]} x {stated[1]}"
+        content = reader.read(sample, name) or b""
+        for problem in _picture_problems(content, record) if pictures else _latent_problems(content, manifest):
+            yield f".{name}: {problem}"
+
+
+def _picture_problems(content: bytes, record: dict[str, Any]) -> Iterator[str]:
+    try:
+        picture = decode(content)
+    except PictureError as error:
+        yield str(error)
+        return
+    stated = (record.get("width", picture.width), record.get("height", picture.height))
+    if picture.size != stated:
+        yield f"{picture.size[0]} x {picture.size[1]}, the json says {stated[0]} x {stated[1]}"
+
+
+def _latent_problems(content: bytes, manifest: dict[str, Any]) -> Iterator[str]:
+    shape = (manifest["latents"]["num_latents"], manifest["latents"]["latent_dim"])
+    try:
+        tensors = safetensors.numpy.load(content)
+    except SafetensorError as error:
+        yield f"not a safetensors file ({error})"
+        return
+    for name in ("mean", "std"):
+        if name not in tensors or tensors[name].shape != shape:
+            found = tensors[name].shape if name in tensors else "nothing"
+            yield f"{name} is {found}, the manifest says {shape}"
+        elif not np.isfinite(tensors[name]).all():
+            yield f"{name} has values that are not finite"
 
 
 def _sha256(path: Path) -> str:

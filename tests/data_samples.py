@@ -17,6 +17,8 @@ from data.prepare import PrepareConfig
 from data.quality import Filters
 from data.sources import SourceConfig
 
+SCENES = SourceConfig("scenes", num=60, size=16)
+
 
 def photo(seed: int, width: int = 60, height: int = 40) -> Image.Image:
     """A smooth random picture with some grain: something a codec and a hash can tell from another seed's."""

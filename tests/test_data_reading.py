@@ -30,6 +30,7 @@ from data.shards import ShardReader, ShardWriter, index_tar, member_places
 from data.sources import SourceConfig
 from data.streaming import StreamDataModule
 from data.transforms import to_pixels, to_unit_range
+from data.verify import verify
 from tests.data_samples import encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
 
 
@@ -286,6 +287,24 @@ def test_latents_written_again_leave_no_old_shards(tmp_path: Path) -> None:
                 writer.write(f"{i}", torch.zeros(2, 2), torch.ones(2, 2), ["x"], {})
         write_latent_manifest(tmp_path, 2, 2, "abc")
     assert LatentDataModule(str(tmp_path)).arrays("train")["keys"] == ["0", "1", "2"]
+
+
+def test_verify_reads_latents_down_to_their_values(tmp_path: Path) -> None:
+    bad = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
+    means = {"good": torch.ones(2, 2), "wide": torch.ones(2, 3), "nan": bad}
+    with LatentShardWriter(tmp_path, "train") as writer:
+        for key, mean in means.items():
+            writer.write(key, mean, torch.ones(2, 2), ["x"], {})
+    write_latent_manifest(tmp_path, 2, 2, "abc")
+    assert list(verify(tmp_path)) == [
+        "train/00000.tar: wide.safetensors: mean is (2, 3), the manifest says (2, 2)",
+        "train/00000.tar: nan.safetensors: mean has values that are not finite",
+    ]
+    path = tmp_path / "train" / "00000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:512] + bytes(8) + whole[520:])  # the length of the first member's header
+    problems = list(verify(tmp_path))
+    assert "another sha256" in problems[0] and "good.safetensors: not a safetensors file" in problems[1]
 
 
 # ---- other programs

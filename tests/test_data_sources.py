@@ -299,6 +299,17 @@ def test_tars_of_img2dataset_keep_keys_captions_and_columns(tmp_path: Path) -> N
     assert records["000010002"]["original_width"] == 60  # of the picture that was read
 
 
+def test_a_tar_becomes_one_shard_whatever_its_size(tmp_path: Path) -> None:
+    for number, count in enumerate((7, 1)):
+        members = [
+            m for i in range(count) for m in ((f"{number}{i}.jpg", encoded(photo(i))), (f"{number}{i}.txt", b"x"))
+        ]
+        tar_of(tmp_path / "tars" / f"{number}.tar", members)
+    manifest = prepared(source("tars", tmp_path / "tars"), tmp_path / "out", shard_size=2, val_fraction=0.0)
+    counts = {name: shard["count"] for name, shard in manifest["shards"].items()}
+    assert counts == {"train/00000.tar": 7, "train/00001.tar": 1}
+
+
 def test_tars_behind_a_url_and_in_brace_ranges(tmp_path: Path) -> None:
     import fsspec
 
