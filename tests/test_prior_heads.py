@@ -333,7 +333,7 @@ def gaussian_denoiser(mu: float, s: float) -> Field:
 def test_cosine_schedule_keeps_variance_and_runs_from_data_to_noise() -> None:
     alpha, sigma = alpha_sigma(torch.linspace(0, 1, 101))
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(101))
-    assert alpha[0] == 1 and alpha[-1] < 1e-4 and bool((alpha.diff() < 0).all())
+    assert alpha[0] == 1 and 0.0099 < alpha[-1] < 0.0101 and bool((alpha.diff() < 0).all())
 
 
 def test_ddim_is_of_first_order_and_ddpm_has_the_right_spread() -> None:
@@ -348,6 +348,19 @@ def test_ddim_is_of_first_order_and_ddpm_has_the_right_spread() -> None:
     torch.testing.assert_close(
         DDPM(200)(gaussian_denoiser(0.5, 1.0), 0.5 * e, g, 0.5).std().item(), 0.5, rtol=0.05, atol=0
     )
+
+
+def test_a_small_error_of_the_noise_stays_small() -> None:
+    """On N(0, 1) the noise given x_t is sigma x_t, exactly; a network misses it by a little, and has seen no x_t of 5."""
+    torch.manual_seed(0)
+
+    def denoise(x_t: Tensor, t: float) -> Tensor:
+        alpha, sigma = alpha_sigma_at(t)
+        return NoiseTarget().data(x_t, (sigma * x_t).clamp(-5, 5) + 0.05 * torch.sign(x_t), alpha, sigma)
+
+    for steps in (100, 1000):
+        x = DDPM(steps)(denoise, torch.randn(2000, 4), torch.Generator().manual_seed(0))
+        assert 0.8 < x.std() < 1.2, "with alpha ending at 5e-5, as the paper's does, it is above 10"
 
 
 @pytest.mark.parametrize("target", [NoiseTarget(), DataTarget(), VelocityTarget()])
