@@ -2,10 +2,10 @@
 
 x_t = alpha_t x + sigma_t noise, alpha_t^2 = cos^2((t + s)/(1 + s) pi/2) / cos^2(s/(1 + s) pi/2), s = 0.008, and
 sigma_t^2 = 1 - alpha_t^2; t = 0 data, t = 1 noise, continuous, and t here is 0.9936 times theirs: alpha ends at 0.01.
-In their 1,000 steps it ends at 5e-5. A noise answer is then divided by 5e-5 in a sampler's first step, where a network's
-error of 0.05, or the rounding of bfloat16, throws a sample out to 15 standard deviations, from which it never returns
-(measured: samples of 250 to 450 standard deviations on the demo's latents). Starting from pure noise where x_t still
-holds a hundredth of the data costs 1e-4 of the variance.
+In their 1,000 steps it ends at 5e-5. A noise answer is then divided by 5e-5 in a sampler's first step, where a
+network's error of 0.05, or the rounding of bfloat16, throws a sample out to 15 standard deviations, from which it never
+returns (measured: samples of 250 to 450 standard deviations on the demo's latents). Starting from pure noise where x_t
+still holds a hundredth of the data costs 1e-4 of the variance.
 
 A *denoiser* is `x = denoise(x_t, t)`, the expected data; the samplers walk a grid of times down from 1 to 0 with it.
 Three targets describe one network answer: noise, data, or v = alpha noise - sigma x (Salimans & Ho 2022). The first

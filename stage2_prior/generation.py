@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from data.datamodule import ImageDataModule
+from stage1_tokenizer.attributes import LETTER
 from stage1_tokenizer.classifier import Classifier, report_classifier
 from stage1_tokenizer.frechet import RandomConvFeatures
 from stage1_tokenizer.precision import matmul_dtype
@@ -336,12 +337,17 @@ def caption_groups(classifier: Classifier, images: ImageDataModule, real: dict[s
 def faithfulness(
     classifier: Classifier, images: Tensor, real: dict[str, Any], groups: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Share of pictures in which everything is read right, by group, and everything but shapes where there are some."""
+    """Share of pictures in which everything is read right, by group; also without shapes, and without words, if any."""
     predictions = torch.cat([classifier.predict(part) for part in images.split(250)])
     right = predictions == classifier.targets(real)  # (N,S)
-    shapes = torch.tensor([name.endswith(".shape") for name in classifier.slots.names])
+    slots = classifier.slots.names
     out = {name: right[rows].all(dim=1).float().mean().item() for name, rows in groups.items()}
-    if bool(shapes.any()):
-        rest = right[:, ~shapes].all(dim=1).float()
-        out |= {f"{name}, without shapes": rest[rows].mean().item() for name, rows in groups.items()}
+    left_out = {
+        "shapes": [name.endswith(".shape") for name in slots],
+        "words": [name.startswith(LETTER) for name in slots],
+    }
+    for what, hidden in left_out.items():
+        if any(hidden):
+            rest = right[:, ~torch.tensor(hidden)].all(dim=1).float()
+            out |= {f"{name}, without {what}": rest[rows].mean().item() for name, rows in groups.items()}
     return out

@@ -351,7 +351,7 @@ def test_ddim_is_of_first_order_and_ddpm_has_the_right_spread() -> None:
 
 
 def test_a_small_error_of_the_noise_stays_small() -> None:
-    """On N(0, 1) the noise given x_t is sigma x_t, exactly; a network misses it by a little, and has seen no x_t of 5."""
+    """On N(0, 1) the noise given x_t is sigma x_t, exactly; a network misses it a little, and has never seen 5."""
     torch.manual_seed(0)
 
     def denoise(x_t: Tensor, t: float) -> Tensor:
