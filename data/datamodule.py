@@ -250,6 +250,12 @@ class LatentDataModule(ShardDataModule):
 
     kind = "latents"
 
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest. Raises DataError where there are no latents, saying which command writes them."""
+        if not (Path(self.data_dir) / "manifest.json").is_file():
+            raise DataError(f"no latents at {self.data_dir}; write them with: python -m stage1_tokenizer predict")
+        return super().manifest()
+
     @property
     def latent_info(self) -> dict[str, Any]:
         """`num_latents` K, `latent_dim` C and `tokenizer_fingerprint` of the tokenizer that wrote the shards."""

@@ -21,8 +21,6 @@ IMPORT_NAMES = {
     "skimage": "scikit-image",
 }
 
-STUBBED = {"pandas"}  # what open_clip's loader imports and does not use; a test stands in for it where it is missing
-
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -57,7 +55,7 @@ def test_what_the_code_imports_is_declared() -> None:
             for node in ast.walk(ast.parse(file.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                for name in {name.split(".")[0] for name in names} - rooms - sys.stdlib_module_names - STUBBED:
+                for name in {name.split(".")[0] for name in names} - rooms - sys.stdlib_module_names:
                     found = normal(IMPORT_NAMES.get(name, name))
                     assert found in declared, f"{file.relative_to(ROOT)} imports {name}, which pyproject.toml lacks"
 
