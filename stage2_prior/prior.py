@@ -127,7 +127,7 @@ class CausalPrior(Prior):
         plan, order = self.head.plan(steps), self.order.permutation(m, self.num_latents, text.ids.device, generator)
         mask, positions = causal_mask(text.text_mask, self.num_latents), self.token_positions(n_words)
         cache = self.read_words(text, m, mask, positions)
-        x = self.start.expand(rows, 1, -1)
+        x = self.start.detach().expand(rows, 1, -1)
         line: list[Tensor] = []
         for i in range(self.num_latents):
             if self.target is not None:
