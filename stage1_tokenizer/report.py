@@ -271,7 +271,7 @@ def _draw_curve(
         axes = canvas.add_subplot()
         for index, (label, (x, y)) in enumerate(series.items()):
             colour = SERIES_COLOURS[index % len(SERIES_COLOURS)]
-            if len(set(y)) == 1 and len(y) > 1:  # a level to compare with, not a measurement at each x
+            if index and len(set(y)) == 1 and len(y) > 1:  # behind the first: a level to compare it with
                 axes.axhline(y[0], linestyle="--", linewidth=1.3, color=REFERENCE_COLOUR, label=label)
             else:
                 axes.plot(x, y, marker="o", markersize=4, linewidth=1.8, color=colour, label=label)

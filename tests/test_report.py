@@ -1,5 +1,6 @@
 """The report page: escapes what it is given, stands alone, keeps files beside it; picture strips keep pixels."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from stage1_tokenizer.metrics import Skipped
-from stage1_tokenizer.report import Figure, Report, image_grid, image_strip, provenance
+from stage1_tokenizer.report import SERIES_COLOURS, Figure, Report, image_grid, image_strip, provenance
 
 
 def test_strip_keeps_every_pixel() -> None:
@@ -58,3 +59,13 @@ def test_a_ragged_table_is_refused() -> None:
         Report("t").table("x", ["a", "b"], [["1"]])
     with pytest.raises(ValueError, match="1 columns"):
         Report("t").grid("x", ["a"], [("r", [torch.zeros(1, 3, 4, 4)] * 2)])
+
+
+def test_a_level_first_series_is_drawn_in_its_colour_and_a_level_behind_it_is_not() -> None:
+    x = [1, 2, 4]
+    for behind, coloured in (([0.1, 0.2, 0.3], True), ([0.1] * 3, False)):
+        report = Report("R").curve("One", "k", "share", {"ours": (x, [1.0] * 3), "chance": (x, behind)})
+        pixels = np.asarray(Image.open(io.BytesIO(report._files["one.png"])).convert("RGB")).reshape(-1, 3).astype(int)
+        for colour, wanted in zip(SERIES_COLOURS[:2], (True, coloured), strict=True):
+            target = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            assert bool((abs(pixels - target).max(axis=1) < 3).any()) == wanted
