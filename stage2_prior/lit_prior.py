@@ -149,7 +149,7 @@ class LitPrior(pl.LightningModule):
         folder.mkdir(parents=True, exist_ok=True)
         listing = folder / "captions.json"
         for name in json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else ():
-            (folder / name).unlink(missing_ok=True)
+            (folder / Path(name).name).unlink(missing_ok=True)  # never outside, whatever the listing says
         listing.unlink(missing_ok=True)
 
     def move_tokenizer(self) -> None:
