@@ -1,6 +1,7 @@
 """Stage 2 from the command line on a tiny run: fit, test, predict, and what each refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stage2_prior import CausalPrior, Prior, distances, generation
 from stage2_prior import sweep as sweep_module
 from stage2_prior.contract import load_space
 from stage2_prior.generation import GenerationReport
-from stage2_prior.heads import MSEHead
+from stage2_prior.heads import FlowHead, MSEHead
 from stage2_prior.lit_prior import LitPrior
 from stage2_prior.prior_data import PriorDataModule, PriorImageModule, longest, read_captions
 from tests.tiny import SIZE, C, K, tiny_tokenizer
@@ -146,6 +147,38 @@ def test_sweep_fills_every_cell(run_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(c["frechet"] > 0 for c in metrics["cells"]) and metrics["features"].startswith("random-conv")
     with pytest.raises(SystemExit):
         sweep_module.main(["--run_dir", str(run_dir), "--steps", "3"])  # midpoint asks twice per interval
+
+
+def test_sweep_compares_solvers_over_seeds(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep_module, "report_classifier", lambda images, run: None)
+    run_dir = shutil.copytree(run_dir, tmp_path / "run")
+    prior = CausalPrior.from_pretrained(run_dir / "prior")
+    assert isinstance(prior.head, FlowHead)
+    torch.nn.init.normal_(prior.head.net.out.weight, std=0.5)  # a field that bends, as that of a trained head does
+    prior.save_pretrained(run_dir / "prior")
+    where = ["--run_dir", str(run_dir), "--guidances", "1", "--num_captions", "16"]
+    methods = ["Midpoint", "AdamsBashforth", "Euler"]
+    paths = [f"stage2_prior.samplers.{name}" for name in methods]
+    assert sweep_module.main([*where, "--steps", "2", "64", "--seeds", "0", "1", "--solvers", *paths]) == 0
+    metrics = json.loads((run_dir / "sweep" / "metrics.json").read_text())
+    cells = {(c["solver"], c["steps"]): c for c in metrics["cells"]}
+    assert set(cells) == {(name, n) for name in methods for n in (2, 64)} and metrics["seeds"] == [0, 1]
+    for cell in cells.values():
+        first, second = (found["frechet"] for found in cell["by_seed"])
+        assert first != second and cell["frechet"] == pytest.approx((first + second) / 2)
+    best = [cells[name, 64]["frechet"] for name in methods]
+    assert all(cells[name, 64]["against_most"] == 0 for name in methods)
+    assert max(best) / min(best) < 1.05  # all solvers find the same flow in the end
+    pairs = zip(cells["Euler", 2]["by_seed"], cells["Euler", 64]["by_seed"], strict=True)
+    ratios = [few["frechet"] / many["frechet"] - 1 for few, many in pairs]
+    assert cells["Euler", 2]["against_most"] == pytest.approx(sum(ratios) / 2)
+    assert abs(ratios[0]) > 1e-3, "two Euler steps are not the flow"
+    assert "Midpoint, 2 evaluations" in (run_dir / "sweep" / "report.html").read_text()
+    with pytest.raises(SystemExit):
+        sweep_module.main([*where, "--solvers", "stage2_prior.heads.MSEHead"])
+    assert "error: " in capsys.readouterr().err
 
 
 def test_pairs_of_one_caption_are_found(run_dir: Path) -> None:
