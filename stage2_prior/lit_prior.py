@@ -143,14 +143,16 @@ class LitPrior(pl.LightningModule):
         self.move_tokenizer()
 
     def on_predict_start(self) -> None:
-        """Also remove the pictures of an earlier `predict`, as far as its listing knows them."""
+        """Also remove the pictures of an earlier `predict`, as far as its listings know them."""
         self.move_tokenizer()
         folder = self.run_dir / "images"
-        folder.mkdir(parents=True, exist_ok=True)
-        listing = folder / "captions.json"
-        for name in json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else ():
-            (folder / Path(name).name).unlink(missing_ok=True)  # never outside, whatever the listing says
-        listing.unlink(missing_ok=True)
+        if self.trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            for listing in (*folder.glob("captions.json"), *folder.glob("captions.rank*.json")):
+                for name in json.loads(listing.read_text(encoding="utf-8")):
+                    (folder / Path(name).name).unlink(missing_ok=True)  # never outside, whatever the listing says
+                listing.unlink()
+        self.trainer.strategy.barrier("pictures removed")
 
     def move_tokenizer(self) -> None:
         """It is no submodule, so Lightning leaves it where it is."""
@@ -226,11 +228,23 @@ class LitPrior(pl.LightningModule):
         pixels = ((self.tokenizer.decode(z, generator) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
         for key, picture in zip(batch["keys"], pixels.numpy(), strict=True):
             Image.fromarray(picture).save(folder / f"{key}.png")
-        listing = folder / "captions.json"
-        known = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
-        known |= {f"{key}.png": caption for key, caption in zip(batch["keys"], captions, strict=True)}
-        listing.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        named = {f"{key}.png": caption for key, caption in zip(batch["keys"], captions, strict=True)}
+        # After every batch, so that the next `predict` knows what a broken one left behind.
+        write_listing(folder / f"captions.rank{self.trainer.global_rank}.json", named)
 
     def on_predict_end(self) -> None:
+        """The listings of all ranks become one."""
+        self.trainer.strategy.barrier("pictures written")
         if self.trainer.is_global_zero:
+            folder = self.run_dir / "images"
+            for listing in sorted(folder.glob("captions.rank*.json")):
+                write_listing(folder / "captions.json", json.loads(listing.read_text(encoding="utf-8")))
+                listing.unlink()
             print(f"pictures: {self.run_dir / 'images'}, with their captions in captions.json", flush=True)
+
+
+def write_listing(path: Path, named: dict[str, str]) -> None:
+    """Add pictures and their captions to a listing, sorted by name."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    lines = dict(sorted((known | named).items()))
+    path.write_text(json.dumps(lines, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,10 @@
 """Stage 2 from the command line on a tiny run: fit, test, predict, and what each refuses."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from PIL import Image
 from data.__main__ import main as data_main
 from data.datamodule import ImageDataModule
 from data.latents import LatentShardWriter, write_latent_manifest
+from data.scenes import COLOURS
 from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.classifier import AttributeClassifier, Budget, fit_classifier
 from stage1_tokenizer.cli import run_cli
@@ -314,6 +318,29 @@ def test_predict_makes_a_picture_of_every_caption(
     captions.write_text("a red circle\n", encoding="utf-8")
     stage2("predict", run_dir, captions_file=str(captions))
     assert sorted(p.name for p in (run_dir / "images").iterdir()) == ["00000.png", "captions.json"]  # no leftovers
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_listing(run_dir: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("images"))
+    captions = [f"a {size} {colour} circle" for size in ("small", "large") for colour in COLOURS]
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+    file = tmp_path / "config.yaml"
+    data = {"captions_file": str(tmp_path / "captions.txt"), "val_batch_size": 2}
+    file.write_text(yaml.safe_dump(config(run, **data)))
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "stage2_prior", "predict", f"--config={file}", "--trainer.devices=2"]
+    done = subprocess.run(
+        [*command, "--trainer.strategy=ddp"],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    listing = json.loads((run / "images" / "captions.json").read_text())
+    assert list(listing.values()) == captions and list(listing) == sorted(listing)
+    assert sorted(p.name for p in (run / "images").iterdir()) == sorted([*listing, "captions.json"])
 
 
 def test_other_latents_are_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
