@@ -1,11 +1,11 @@
 """`python -m tests.benchmarks.bench_prior`: what a sample costs with our head and with the head of MAR, in one run.
 
-A 100-million-parameter causal prior with the head of MAR-B (6 blocks of 1,024), 32 latents of 16 floats, batch 8,
-guided: midpoint x 4 with that head's time tabulated and its condition in every block, or added once, or added once
-with half the blocks, against 100 ancestral steps with full adaLN. The slow one is timed on lines of 1 and of
-`--latents` latents: each further latent costs what the difference says. CPU time of the process is printed beside wall
-time, because a shared machine stretches only the latter. Weights are held in the format of the products
-(`cast_weights`) for all. Head FLOPs are counted.
+A causal prior of 100 million parameters with the head of MAR-B (6 blocks of 1,024), 32 latents of 16 floats, batch 8,
+guided: that head's time tabulated and its condition in every block, or added once, or added once with half the blocks
+(and two more in the transformer, so that the prior stays at 100 million), midpoint x 4 and x 3, against 100 ancestral
+steps with full adaLN. The slow one is timed on lines of 1 and of `--latents` latents: each further latent costs what
+the difference says. CPU time of the process is printed beside wall time, because a shared machine stretches only the
+latter. Weights are held in the format of the products (`cast_weights`) for all. Head FLOPs are counted.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from stage2_prior.diffusion_head import DiffusionHead
 from stage2_prior.head_nets import AdaLNNet, AddedConditionNet, HoistedNet
 from stage2_prior.heads import FlowHead, Head
 from stage2_prior.prior import CausalPrior
+from stage2_prior.samplers import Midpoint
 
 CAPTION = "a small red circle above a large blue star on a white background"
 CHANNELS, LATENTS, WIDTH, HEAD_WIDTH, HEAD_DEPTH = 16, 32, 768, 1024, 6
@@ -70,30 +71,35 @@ def main(arguments: list[str] | None = None) -> None:
     """Print one line per head and the two ratios."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_prior", description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--depth", type=int, default=9, help="blocks of the transformer; 9 make 100 M in all")
+    parser.add_argument("--depth", type=int, default=9, help="blocks of the transformer; 9 make 100 M with a whole head")
     parser.add_argument("--latents", type=int, default=3, help="latents that the slow head is timed on, 2 to 32")
     options = parser.parse_args(arguments)
     if not 2 <= options.latents <= LATENTS:
         parser.error(f"got --latents {options.latents}, wanted 2 to {LATENTS}")
     torch.manual_seed(0)
-    half = HEAD_DEPTH // 2
     net = {"latent_dim": CHANNELS, "cond_dim": WIDTH, "width": HEAD_WIDTH, "depth": HEAD_DEPTH}
     slow = "diffusion, full adaLN, DDPM x 100"
-    heads = {
-        slow: (DiffusionHead(AdaLNNet(**net), solver=DDPM(100)), options.latents),
-        "flow, condition in blocks, midpoint x 4": (FlowHead(HoistedNet(**net)), LATENTS),
-        "flow, condition added, midpoint x 4": (FlowHead(AddedConditionNet(**net)), LATENTS),
-        "flow, condition added, half depth": (FlowHead(AddedConditionNet(**{**net, "depth": half})), LATENTS),
+    heads: dict[str, tuple[Head, int, int]] = {
+        slow: (DiffusionHead(AdaLNNet(**net), solver=DDPM(100)), options.latents, options.depth)
     }
+    for name, net_class, blocks in (
+        ("condition in blocks", HoistedNet, HEAD_DEPTH),
+        ("condition added", AddedConditionNet, HEAD_DEPTH),
+        ("added, half the blocks", AddedConditionNet, HEAD_DEPTH // 2),
+    ):
+        depth = options.depth + (2 if blocks < HEAD_DEPTH else 0)
+        for steps in (4, 3):
+            head = FlowHead(net_class(**net | {"depth": blocks}), solver=Midpoint(steps))
+            heads[f"flow, {name}, midpoint x {steps}"] = (head, LATENTS, depth)
     rows = {}
-    for name, (head, latents) in heads.items():
-        millions = sum(p.numel() for p in make_prior(head, LATENTS, options.depth).parameters()) / 1e6
-        wall, cpu = seconds_per_image(head, latents, options.depth, options.batch)
+    for name, (head, latents, depth) in heads.items():
+        millions = sum(p.numel() for p in make_prior(head, LATENTS, depth).parameters()) / 1e6
+        wall, cpu = seconds_per_image(head, latents, depth, options.batch)
         rows[name] = (wall, cpu, head_flops(head) * LATENTS / 1e9)
         cost = f"{wall:8.3f} s/image wall {cpu:8.3f} s CPU   head {rows[name][2]:7.2f} GFLOP"
         ratios = [f"{a / b:.1f}" for a, b in zip(rows[slow], rows[name], strict=True)]
         of_slow = f"slow/this: wall {ratios[0]}, CPU {ratios[1]}, FLOPs {ratios[2]}"
-        print(f"{name:40s}{millions:5.0f} M {cost}   {of_slow}", flush=True)
+        print(f"{name:45s}{millions:5.0f} M {cost}   {of_slow}", flush=True)
 
 
 if __name__ == "__main__":
