@@ -89,7 +89,30 @@ class OpenClipTower(Spec, nn.Module):
             )
 
     def forward(self, ids: Tensor) -> Tensor:
-        tokens = self.clip_id[ids]  # (B,L)
-        tokens = F.pad(tokens, (0, self.transformer.context_length - tokens.shape[1]))  # open_clip's mask has one size
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return F.normalize(self.transformer(tokens).float(), dim=-1)  # (B,E)
+            return F.normalize(self.transformer(self.clip_ids(ids)).float(), dim=-1)  # (B,E)
+
+    def tokens(self, ids: Tensor) -> Tensor:
+        """ids (B,L) -> features of every token (B,L,W), normalised, before they are pooled; W is `token_width`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return token_features(self.transformer, self.clip_ids(ids))[:, : ids.shape[1]]
+
+    @property
+    def token_width(self) -> int:
+        width: int = self.transformer.width
+        return width
+
+    def clip_ids(self, ids: Tensor) -> Tensor:
+        """ids (B,L) -> the model's own ids, padded to its length: open_clip's mask has one size."""
+        return F.pad(self.clip_id[ids], (0, self.transformer.context_length - ids.shape[1]))
+
+
+def token_features(transformer: nn.Module, ids: Tensor) -> Tensor:
+    """What an open_clip text transformer computes for every token, (B,L) -> (B,L,W); it is left as it was."""
+    text: Any = transformer
+    before, text.output_tokens = text.output_tokens, True
+    try:
+        features: Tensor = text(ids)[1]
+    finally:
+        text.output_tokens = before
+    return features

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stage1_tokenizer.captioner import PrefixCaptioner
 from stage1_tokenizer.layers import MATRIX, LayerNorm, Linears, linear, mark
-from stage1_tokenizer.open_clip_tower import OpenClipTower
+from stage1_tokenizer.open_clip_tower import OpenClipTower, token_features
 from stage1_tokenizer.order import keep_mask
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.vocabulary import END, PAD, CaptionVocabulary
@@ -60,6 +60,15 @@ class TextTower(Spec, nn.Module):
         plain = ids.device.type == "cpu" and torch.is_grad_enabled()
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             return F.normalize(self.transformer(ids).float(), dim=-1)  # (B,E)
+
+    def tokens(self, ids: Tensor) -> Tensor:
+        """ids (B,L) -> features of every token (B,L,W), normalised, before they are pooled; W is `token_width`."""
+        return token_features(self.transformer, ids)
+
+    @property
+    def token_width(self) -> int:
+        width: int = self.transformer.width
+        return width
 
 
 class PrefixReader(Spec, nn.Module):

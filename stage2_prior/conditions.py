@@ -11,7 +11,7 @@
 All have a null row besides, for "no caption": what an unconditional sample is asked with and what a share of the
 training captions is replaced by. A row is known by its id; `null` is the id of that one.
 
-Letters: B batch, L tokens of a caption, D width, E width of the text tower.
+Letters: B batch, L tokens of a caption, D width, W width of the text tower.
 """
 
 import re
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import embedding
+from stage1_tokenizer.open_clip_tower import OpenClipTower
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text import TextTower
 from stage1_tokenizer.vocabulary import END, CaptionVocabulary
@@ -103,18 +104,17 @@ class TextTowerCondition(Spec, Condition):
 
     Args:
         width: D.
-        tower: built as the tokenizer's own (text.tower of its config); its weights and vocabulary come from there.
+        tower: built as the tokenizer's own (text.tower of its config), trained from scratch or a pretrained one of
+            open_clip; its weights and vocabulary come from there.
     """
 
-    def __init__(self, width: int, tower: TextTower):
+    def __init__(self, width: int, tower: TextTower | OpenClipTower):
         super().__init__()
         self.width, self.context_length = width, tower.vocabulary.context_length
         self.null = tower.vocabulary.rows
         self.tower = tower.requires_grad_(False)
-        self.tower.transformer.output_tokens = True  # (pooled, tokens (B,L,E), normalised)
-        features = tower.transformer.width
-        self.into = nn.Linear(features, width)
-        nn.init.normal_(self.into.weight, std=WORD_STD * features**-0.5)
+        self.into = nn.Linear(tower.token_width, width)
+        nn.init.normal_(self.into.weight, std=WORD_STD * tower.token_width**-0.5)
         self.nobody = embedding(width, std=WORD_STD)
 
     def prepare(self, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> str:
@@ -138,7 +138,7 @@ class TextTowerCondition(Spec, Condition):
     def forward(self, ids: Tensor) -> Tensor:
         nobody = ids == self.null
         with torch.no_grad():
-            features = self.tower.transformer(ids.masked_fill(nobody, END))[1]  # (B,L,E)
+            features = self.tower.tokens(ids.masked_fill(nobody, END))  # (B,L,W)
         return torch.where(nobody[..., None], self.nobody, self.into(features).to(self.nobody.dtype))  # (B,L,D)
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.open_clip_tower import OpenClipTower, WholeVocabulary
 from stage1_tokenizer.text import TextTower
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
@@ -19,7 +22,7 @@ from stage2_prior.heads import FlowHead
 from stage2_prior.masked import MaskedPrior
 from stage2_prior.noise_extended import NoiseExtendedPrior
 from stage2_prior.prior import PriorError
-from tests.tiny import CAPTIONS, awaken, tiny_tokenizer
+from tests.tiny import CAPTIONS, TINY_CLIP, awaken, tiny_clip, tiny_tokenizer
 
 K, C, D = 4, 3, 32
 NAMES = ["cat", "dog", "fire truck", "truck"]
@@ -53,6 +56,24 @@ def text_tower(taught: bool = True) -> TextTowerCondition:
     return condition
 
 
+def clip_tower() -> TextTowerCondition:
+    """The tower of a tokenizer that was trained with one of open_clip's."""
+    with TemporaryDirectory() as folder:
+        tiny_clip(Path(folder))  # makes the model known
+    theirs, other = (OpenClipTower(WholeVocabulary(12), TINY_CLIP, frozen=False) for _ in range(2))
+    condition = TextTowerCondition(D, other)
+    source: Any = SimpleNamespace(text=SimpleNamespace(tower=theirs))
+    assert condition.prepare(Data([]), lambda: source) == ""
+    ids, mask = condition.encode(CAPTIONS)
+    with torch.no_grad():
+        wanted = theirs.tokens(ids)
+        assert wanted.shape == (len(CAPTIONS), 12, theirs.token_width)
+        torch.testing.assert_close(condition(ids), condition.into(wanted))
+        pooled = theirs.transformer(theirs.clip_ids(ids))  # still its plain answer
+    assert pooled.shape == (len(CAPTIONS), theirs.embed_dim) and mask.any()
+    return condition
+
+
 def classes() -> ClassCondition:
     return ClassCondition(D, NAMES)
 
@@ -72,10 +93,10 @@ def draw(prior: Prior, captions: list[str], guidance: float = 2.0) -> Tensor:
 
 
 PRIORS = [CausalPrior, MaskedPrior, NoiseExtendedPrior]
-ASKED = [(text_tower, CAPTIONS[:3]), (classes, LABELLED)]
+ASKED = [(text_tower, CAPTIONS[:3]), (clip_tower, CAPTIONS[:3]), (classes, LABELLED)]
 
 
-@pytest.mark.parametrize(("condition", "captions"), ASKED, ids=["text-tower", "class"])
+@pytest.mark.parametrize(("condition", "captions"), ASKED, ids=["text-tower", "clip-tower", "class"])
 @pytest.mark.parametrize("kind", PRIORS)
 def test_captions_count_and_an_export_draws_the_same(
     kind: type[Prior], condition: Callable[[], Condition], captions: list[str], tmp_path: Path
@@ -90,7 +111,7 @@ def test_captions_count_and_an_export_draws_the_same(
     assert torch.equal(draw(Prior.from_pretrained(tmp_path), captions), z)  # nothing else is needed
 
 
-@pytest.mark.parametrize(("condition", "captions"), ASKED, ids=["text-tower", "class"])
+@pytest.mark.parametrize(("condition", "captions"), ASKED, ids=["text-tower", "clip-tower", "class"])
 def test_captions_are_dropped_in_training(condition: Callable[[], Condition], captions: list[str]) -> None:
     prior = make(CausalPrior, condition(), dropout=1.0)
     z = torch.randn(3, K, C)
