@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from data.__main__ import main as data_main
+from tests.benchmarks import bench_tokenizers
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.measure import Row, count_flops, matmul_peak, measure, table
 
@@ -52,3 +54,34 @@ def test_a_config_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         main(["--name", "none"])
     assert "there is no config" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tokenizers_are_compared_on_their_own_clocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prepare", "--source", "scenes", "--num", "120", "--val-fraction", "0.2", "--workers", "1"]
+    assert data_main([*arguments, "--out", str(tmp_path / "data")]) == 0
+    configs = Path(__file__).resolve().parent.parent / "configs"
+    files = [str(configs / "stage1" / "demo.yaml"), str(configs / "variants" / "no_text.yaml")]
+    options = [f"--data.data_dir={tmp_path / 'data'}", "--data.batch_size=4"]
+    one, two = (bench_tokenizers.Contender(files[: i + 1], options, 3.0, seed=0) for i in (0, 1))
+    assert one.tokenizer.text is not None and two.tokenizer.text is None
+    for contender in (one, two):
+        contender.data.setup("fit")
+    data = one.data.arrays("train")
+    captions = [c[-1] for c in data["captions"]]
+    order = torch.randperm(len(captions))
+    for contender in (one, two):
+        contender.prepare(data["images"], captions)
+    one.train(data["images"], captions, order, until=0.3)
+    assert one.spent >= 0.3 and one.steps > 0 and (two.spent, two.steps) == (0.0, 0)
+    assert one.optimizer.param_groups[0]["lr"] < one.rates[0], "still warming up"
+    before = [p.detach().clone() for p in one.tokenizer.parameters()]
+    values = one.measure(data["images"][:8], [1, 16])
+    assert len(values) == 2 and one.found == [(one.spent, values)]
+    assert all(torch.equal(a, b) for a, b in zip(before, one.tokenizer.parameters(), strict=True)), "its own again"
+    one.found = [(10.0, [0.0, 20.0]), (20.0, [0.0, 24.0])]
+    assert one.seconds_to(22.0) == 15.0 and one.seconds_to(25.0) is None and one.seconds_to(19.0) == 10.0
+    shorter = ["--seconds", "1", "--turn", "0.5", "--val_images", "8", *(f"--option={option}" for option in options)]
+    bench_tokenizers.main([*shorter, "--contender", files[0], "--contender", *files])
+    lines = capsys.readouterr().out
+    assert "demo+no_text" in lines and "PCA, [1, 2, 4, 8, 16] latents of 16" in lines and "dB, seconds: " in lines
