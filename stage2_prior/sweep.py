@@ -142,7 +142,9 @@ def page(cells: list[dict[str, Any]], features: str, n: int, seeds: list[int]) -
     if "right" in cells[0]:
         table("Everything right", "right", ".3f", between)
     table("Pictures per second", "images_per_second", ".0f")
-    table("Frechet distance against that of the most evaluations", "against_most", "+.1%", "Of the same solver and seed.")
+    table(
+        "Frechet distance against that of the most evaluations", "against_most", "+.1%", "Of the same solver and seed."
+    )
     for heading, figure, axis in (
         ("Frechet distance by evaluations", "frechet", "Frechet distance"),
         ("Everything right by evaluations", "right", "share"),

@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Print one line per head and the two ratios."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_prior", description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--depth", type=int, default=9, help="blocks of the transformer; 9 make 100 M with a whole head")
+    parser.add_argument(
+        "--depth", type=int, default=9, help="blocks of the transformer; 9 make 100 M with a whole head"
+    )
     parser.add_argument("--latents", type=int, default=3, help="latents that the slow head is timed on, 2 to 32")
     options = parser.parse_args(arguments)
     if not 2 <= options.latents <= LATENTS:

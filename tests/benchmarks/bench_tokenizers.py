@@ -176,7 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turn", type=float, default=10.0, help="processor seconds of one turn")
     parser.add_argument("--val_images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--option", action="append", default=[], help="an option for all, such as --data.data_dir=runs/x")
+    parser.add_argument(
+        "--option", action="append", default=[], help="an option for all, such as --data.data_dir=runs/x"
+    )
     options = parser.parse_args(arguments)
     contenders = [Contender(files, options.option, options.seconds, options.seed) for files in options.contender]
     compare(contenders, options.turn, options.val_images, options.seed)
