@@ -91,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         depth = options.depth + (2 if blocks < HEAD_DEPTH else 0)
         for steps in (4, 3):
-            head = FlowHead(net_class(**net | {"depth": blocks}), solver=Midpoint(steps))
-            heads[f"flow, {name}, midpoint x {steps}"] = (head, LATENTS, depth)
+            light = FlowHead(net_class(**net | {"depth": blocks}), solver=Midpoint(steps))
+            heads[f"flow, {name}, midpoint x {steps}"] = (light, LATENTS, depth)
     rows = {}
     for name, (head, latents, depth) in heads.items():
         millions = sum(p.numel() for p in make_prior(head, LATENTS, depth).parameters()) / 1e6
