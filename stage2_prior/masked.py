@@ -21,7 +21,7 @@ from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
 from stage2_prior.cast_once import cast_once
-from stage2_prior.conditions import WORD_STD, Condition, words_of
+from stage2_prior.conditions import WORD_STD, Condition, WordSum, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads import Head
@@ -38,6 +38,7 @@ class MaskedPrior(Prior):
         backbone, head, condition: as `CausalPrior`.
         sets: steps of sampling, 1 (all at once) to K (one by one).
         order: only the random one makes sense here; it is an argument so that a config says so.
+        word_sum: as `CausalPrior`.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class MaskedPrior(Prior):
         sets: int = 8,
         order: LearnedOrder | None = None,
         condition: Condition | None = None,
+        word_sum: bool = False,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
         words = words_of(vocabulary, condition, backbone.width)
@@ -67,10 +69,13 @@ class MaskedPrior(Prior):
         self.words = words
         self.latent_in = nn.Linear(latent_dim, backbone.width)
         self.hidden = embedding(backbone.width, std=WORD_STD)  # the token of a latent that is not known yet
+        self.word_sum = WordSum(words) if word_sum else None
 
     def conditions(self, z: Tensor, known: Tensor, text: Text) -> Tensor:
         """Condition rows (B,K,D) of a line z (B,K,C) of which only `known` (B,K) bool is shown."""
         line = torch.where(known[..., None], self.latent_in(z.float()).to(self.hidden.dtype), self.hidden)  # (B,K,D)
+        if self.word_sum is not None:
+            line = line + self.word_sum(text.ids, text.text_mask)
         x = torch.cat([self.words(text.ids), line], dim=1)  # (B,L+K,D)
         n_words = text.ids.shape[1]
         positions = token_positions(n_words, self.words.context_length, self.num_latents, z.device)

@@ -20,7 +20,7 @@ from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone, Cache
 from stage2_prior.cast_once import cast_once
-from stage2_prior.conditions import WORD_STD, Condition, words_of
+from stage2_prior.conditions import WORD_STD, Condition, WordSum, words_of
 from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads import FlowHead, Head
@@ -41,6 +41,8 @@ class CausalPrior(Prior):
         order: which position is modelled when (None: the tokenizer's order).
         context_noise: in training, the latents that later ones see carry noise of a standard deviation drawn up to this
             (the model is told how much), so that its own small errors are nothing new to it when it samples.
+        word_sum: also add the sum of the caption's words to every token of the line (see `WordSum`): for captions with
+            words that are rare and yet decide.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class CausalPrior(Prior):
         order: LearnedOrder | None = None,
         context_noise: float = 0.0,
         condition: Condition | None = None,
+        word_sum: bool = False,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
         words = words_of(vocabulary, condition, backbone.width)
@@ -69,6 +72,7 @@ class CausalPrior(Prior):
         # Where the order varies, a token must be told which position comes next; where it is fixed, its place says so.
         self.target = embedding(num_latents, backbone.width, std=WORD_STD) if self.order.varies else None
         self.noise_level = embedding(backbone.width) if context_noise else None
+        self.word_sum = WordSum(words) if word_sum else None
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -100,6 +104,8 @@ class CausalPrior(Prior):
         tokens = torch.cat([self.start.expand(len(line), 1, -1), tokens.to(self.start.dtype)], dim=1)  # (B,K,D)
         if self.target is not None:
             tokens = tokens + self.target[order]
+        if self.word_sum is not None:
+            tokens = tokens + self.word_sum(text.ids, text.text_mask)
         x = torch.cat([self.words(text.ids), tokens], dim=1)  # (B,L+K,D)
         n_words = text.ids.shape[1]
         mask = causal_mask(text.text_mask, self.num_latents)
@@ -127,11 +133,14 @@ class CausalPrior(Prior):
         plan, order = self.head.plan(steps), self.order.permutation(m, self.num_latents, text.ids.device, generator)
         mask, positions = causal_mask(text.text_mask, self.num_latents), self.token_positions(n_words)
         cache = self.read_words(text, m, mask, positions)
+        said = None if self.word_sum is None else self.word_sum(text.ids, text.text_mask)  # (R,1,D)
         x = self.start.detach().expand(rows, 1, -1)
         line: list[Tensor] = []
         for i in range(self.num_latents):
             if self.target is not None:
                 x = x + self.target[order[:, i]].repeat(len(x) // m, 1)[:, None]
+            if said is not None:
+                x = x + said[: len(x)]
             seen, end = cache.length, n_words + i + 1
             cond = self.backbone(x, positions[seen:end], mask[:, :, seen:end, :end], cache)[:, -1]  # (R,D)
             z_i = self.head.sample(

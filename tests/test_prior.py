@@ -9,6 +9,7 @@ from stage2_prior.backbone import Backbone, RotaryBackbone
 from stage2_prior.guidance import FallingGuidance, Guidance, RisingGuidance
 from stage2_prior.head_nets import AdaLNNet, HoistedNet
 from stage2_prior.heads import FlowHead, MSEHead
+from stage2_prior.masked import MaskedPrior
 from stage2_prior.prior import PriorError
 
 K, C, D = 6, 4, 32
@@ -18,20 +19,26 @@ CAPTIONS = ["a red circle", "a large blue square above a small green star", "a c
 Net = type[AdaLNNet] | type[HoistedNet]
 
 
-def make_prior(net: Net = AdaLNNet, backbone: type[Backbone] = Backbone, dropout: float = 0.1) -> CausalPrior:
+def make_prior(
+    net: Net = AdaLNNet, backbone: type[Backbone] = Backbone, dropout: float = 0.1, word_sum: bool = False
+) -> CausalPrior:
     """A small prior whose zero-initialised matrices are filled, so that every path carries something."""
     torch.manual_seed(0)
     vocabulary = CaptionVocabulary(rows=64, context_length=16)
     vocabulary.fit(CAPTIONS)
     head = FlowHead(net(C, D, width=24, depth=2))
-    prior = CausalPrior(K, C, vocabulary, backbone(D, depth=2, heads=2, max_tokens=32), head, dropout)
+    trunk = backbone(D, depth=2, heads=2, max_tokens=32)
+    prior = CausalPrior(K, C, vocabulary, trunk, head, dropout, word_sum=word_sum)
     for parameter in prior.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
     return prior.eval()
 
 
-@pytest.fixture(params=[(AdaLNNet, Backbone), (HoistedNet, RotaryBackbone)], ids=["plain", "rotary"])
+@pytest.fixture(
+    params=[(AdaLNNet, Backbone), (HoistedNet, RotaryBackbone), (HoistedNet, Backbone, 0.1, True)],
+    ids=["plain", "rotary", "word-sum"],
+)
 def prior(request: pytest.FixtureRequest) -> CausalPrior:
     return make_prior(*request.param)
 
@@ -242,3 +249,27 @@ def test_captions_are_dropped_in_training_only() -> None:
     assert (loss(text) - loss(other)).abs().max() > 1e-4
     prior.train()
     torch.testing.assert_close(loss(text), loss(other))
+
+
+@pytest.mark.parametrize("kind", [CausalPrior, MaskedPrior])
+def test_the_sum_of_words_reaches_the_line_past_the_transformer(kind: type[CausalPrior] | type[MaskedPrior]) -> None:
+    vocabulary = CaptionVocabulary(rows=64, context_length=16)
+    vocabulary.fit(CAPTIONS)
+    blocks = Backbone(D, depth=0, heads=2, max_tokens=32)  # no attention: nothing else can bring a word to a latent
+    head = FlowHead(HoistedNet(C, D, width=24, depth=1))
+    more = {"sets": 2} if kind is MaskedPrior else {}
+    prior = kind(K, C, vocabulary, blocks, head, word_sum=True, **more)  # type: ignore[arg-type]
+    assert prior.word_sum is not None
+    z = torch.randn(3, K, C)
+
+    def rows(captions: list[str]) -> torch.Tensor:
+        text = prior.encode_text(captions)
+        if isinstance(prior, MaskedPrior):
+            return prior.conditions(z, torch.zeros(3, K, dtype=torch.bool), text)
+        return prior.conditions(z, text)
+
+    other = [CAPTIONS[0], CAPTIONS[1], "a circle"]
+    assert torch.equal(rows(CAPTIONS), rows(other)), "rows start at zero"
+    torch.nn.init.normal_(prior.word_sum.weight)
+    change = (rows(CAPTIONS) - rows(other)).abs().amax(-1)  # (B,K)
+    assert change[2].min() > 1e-3 and change[:2].max() < 1e-6
