@@ -34,6 +34,8 @@ from stage2_prior.distances import distance_report
 from stage2_prior.likelihood_report import classification_report, likelihood_report
 from stage2_prior.prior_data import CaptionSource, longest
 
+FEWEST = 20  # captions in a group that is told apart further
+
 
 @dataclass
 class Samples:
@@ -244,12 +246,13 @@ class GenerationReport:
             figures = [Figure(n, f"{v:.3f}", f"real pictures {best[n]:.3f}") for n, v in ours.items()][:4] + figures
         report.figures(figures)
         if "faithfulness" in metrics:
-            groups = list(metrics["faithfulness"]["real"])
-            rows = [[name, *(f"{v[g]:.3f}" for g in groups)] for name, v in metrics["faithfulness"].items()]
-            sizes = ", ".join(f"{name} {size}" for name, size in metrics["group_sizes"].items())
-            report.table(
-                "What the classifier reads, by guidance", ["guidance", *groups], rows, f"Captions per group: {sizes}."
-            )
+            read, sizes = metrics["faithfulness"], metrics["group_sizes"]
+            rows = [
+                [name, str(sizes.get(name.split(", without")[0], "")), *(f"{v[name]:.3f}" for v in read.values())]
+                for name in read["real"]
+            ]
+            columns = [f"guidance {name}" if name in latents else name for name in read]
+            report.table("What the classifier reads right", ["captions of", "number", *columns], rows)
         rows = []
         for name, spread in latents.items():
             precision, recall = distances["precision_recall"][name]
@@ -321,33 +324,45 @@ def device_of(module: torch.nn.Module) -> torch.device:
 
 
 def caption_groups(classifier: Classifier, images: ImageDataModule, real: dict[str, Any]) -> dict[str, Tensor]:
-    """Rows of the held-out pictures by what they show, each (N,) bool; empty groups are left out."""
+    """Rows of the held-out pictures by what they show, each (N,) bool; empty groups are left out.
+
+    A combination is seen if training pictures have all its attributes together, whatever their words: with a word,
+    nearly every scene is new. Since more objects make more combinations, and are harder, seen and unseen ones are also
+    told apart among pictures of equally many objects, where there are enough of both.
+    """
     n = len(real["keys"])
     groups = {"all": torch.ones(n, dtype=torch.bool)}
     if all(real["attributes"]):
         objects = torch.tensor([len(a["objects"]) for a in real["attributes"]])
         groups |= {f"{int(k)} object{'s' if k > 1 else ''}": objects == k for k in objects.unique()}
-        trained = {tuple(row) for row in classifier.slots.targets(images.arrays("train")["attributes"]).tolist()}
-        known = [tuple(row) in trained for row in classifier.targets(real).tolist()]
-        seen = torch.tensor(known)
-        groups |= {"seen combination": seen, "unseen combination": ~seen}
+        kept = torch.tensor([not name.startswith(LETTER) for name in classifier.slots.names])
+        trained = classifier.slots.targets(images.arrays("train")["attributes"])[:, kept]
+        combinations = {tuple(row) for row in trained.tolist()}
+        seen = torch.tensor([tuple(row) in combinations for row in classifier.targets(real)[:, kept].tolist()])
+        both = {"seen combination": seen, "unseen combination": ~seen}
+        counts = {name: rows for name, rows in groups.items() if name != "all"}
+        groups |= both
+        for name, rows in counts.items():
+            parts = {f"{name}, {which}": rows & those for which, those in both.items()}
+            if all(int(part.sum()) >= FEWEST for part in parts.values()):
+                groups |= parts
     return {name: rows for name, rows in groups.items() if bool(rows.any())}
 
 
 def faithfulness(
     classifier: Classifier, images: Tensor, real: dict[str, Any], groups: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Share of pictures in which everything is read right, by group; also without shapes, and without words, if any."""
+    """Share of pictures in which everything is read right, by group; also without shapes, words (if any), or both."""
     predictions = torch.cat([classifier.predict(part) for part in images.split(250)])
     right = predictions == classifier.targets(real)  # (N,S)
     slots = classifier.slots.names
     out = {name: right[rows].all(dim=1).float().mean().item() for name, rows in groups.items()}
-    left_out = {
-        "shapes": [name.endswith(".shape") for name in slots],
-        "words": [name.startswith(LETTER) for name in slots],
-    }
+    shapes = torch.tensor([name.endswith(".shape") for name in slots])
+    words = torch.tensor([name.startswith(LETTER) for name in slots])
+    left_out = {"shapes": shapes} if shapes.any() else {}
+    if words.any():
+        left_out |= {"words": words, "shapes and words": shapes | words}
     for what, hidden in left_out.items():
-        if any(hidden):
-            rest = right[:, ~torch.tensor(hidden)].all(dim=1).float()
-            out |= {f"{name}, without {what}": rest[rows].mean().item() for name, rows in groups.items()}
+        rest = right[:, ~hidden].all(dim=1).float()
+        out |= {f"{name}, without {what}": rest[rows].mean().item() for name, rows in groups.items()}
     return out
