@@ -40,13 +40,15 @@ class TimeEmbedding(nn.Module):
 
 
 class FlowDecoder(Decoder):
-    """Flow decoder in pixel space with the layout of `ViTDecoder`. It starts from noise and makes no use of `base`.
+    """Flow decoder in pixel space with the layout of `ViTDecoder`.
 
     Args:
         image_size, patch_size, num_latents, latent_dim, width, depth, heads, tail_channels, tail_depth: as ViTDecoder.
         steps: midpoint steps of sampling; each costs two evaluations of the network.
         time_mean: mean of logit(t) in training at 32 pixels; larger sizes add log(size / 32).
         floor: smallest t in the loss's denominator.
+        base: also see the linear path's reconstruction, and say the clean image as a correction to it. The tokenizer
+            must have a linear path.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class FlowDecoder(Decoder):
         steps: int = 4,
         time_mean: float = 0.0,
         floor: float = 0.1,
+        base: bool = False,
     ):
         super().__init__()
         if steps < 1 or not 0 < floor < 1:
@@ -76,18 +79,25 @@ class FlowDecoder(Decoder):
         self.queries = embedding(side * side, width)
         self.mix = StaticMix(width, num_latents, side * side)
         self.noisy = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.base = nn.Conv2d(3, width, patch_size, stride=patch_size) if base else None
         self.time = TimeEmbedding(width)
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
         self.norm = LayerNorm(width)
         self.patch = nn.Linear(width, 3 * patch_size**2)
         with torch.no_grad():
             self.patch.weight *= 0.1
-        self.tail = ConvTail(width, patch_size, tail_channels, tail_depth, inputs=2)
+        self.tail = ConvTail(width, patch_size, tail_channels, tail_depth, inputs=3 if base else 2)
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, base: Tensor | None = None) -> Tensor:
         """The clean image as seen from x_t (B,3,H,W) at t (B,), given latent tokens (B,K,D): (B,3,H,W)."""
         time = self.time(t)[:, None]  # (B,1,D)
         x = self.queries + self.mix(tokens) + self.noisy(x_t).flatten(2).transpose(1, 2) + time  # (B,N,D)
+        seen = [x_t]
+        if self.base is not None:
+            if base is None:
+                raise ValueError("got no base for a FlowDecoder with base: true; give the tokenizer a linear_path.")
+            x = x + self.base(base).flatten(2).transpose(1, 2)
+            seen.append(base)
         context = torch.cat([tokens + self.position, time.to(tokens.dtype)], 1)  # (B,K+1,D)
         for block in self.blocks:
             x = block(x, context)
@@ -95,7 +105,9 @@ class FlowDecoder(Decoder):
         side = self.image_size // self.patch_size
         patches = self.patch(x).transpose(1, 2).unflatten(2, (side, side))
         coarse = F.pixel_shuffle(patches, self.patch_size).float()  # (B,3,H,W)
-        return coarse + self.tail(torch.cat([coarse, x_t], 1), x).float()
+        if self.base is not None and base is not None:
+            coarse = coarse + base
+        return coarse + self.tail(torch.cat([coarse, *seen], 1), x).float()
 
     def tokens(self, z: Tensor, keep_mask: Tensor) -> Tensor:
         return torch.where(keep_mask[..., None], self.latent(z).to(self.null.dtype), self.null)  # (B,K,D)
@@ -109,7 +121,7 @@ class FlowDecoder(Decoder):
         t = torch.sigmoid(torch.randn(len(z), device=z.device) + self.time_mean)
         tt = t[:, None, None, None]
         x_t = interpolate(images, torch.randn_like(images), tt)
-        x = self(x_t, t, self.tokens(z, keep_mask))
+        x = self(x_t, t, self.tokens(z, keep_mask), base)
         error = (x - images).square().mean((1, 2, 3)) / t.clamp_min(self.floor).square()
         return x, error
 
@@ -122,6 +134,6 @@ class FlowDecoder(Decoder):
         x = torch.randn(shape, generator=generator, device=z.device)
 
         def field(x_t: Tensor, t: float) -> Tensor:
-            return v_from_x(x_t, self(x_t, torch.full((len(z),), t, device=z.device), tokens), t)
+            return v_from_x(x_t, self(x_t, torch.full((len(z),), t, device=z.device), tokens, base), t)
 
         return midpoint(field, x, power_grid(self.steps))

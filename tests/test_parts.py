@@ -93,6 +93,28 @@ def test_flow_decoder_draws_what_the_latents_say_and_either_picture_where_they_s
     assert 0.2 < share_nearer_to_the_right_one(untold) < 0.8
 
 
+def test_flow_decoder_corrects_the_linear_path_where_it_is_told_to() -> None:
+    torch.manual_seed(2)
+    decoder = FlowDecoder(SIZE, 4, K, C, WIDTH, 1, 2, tail_channels=8, tail_depth=1, base=True)
+    plain = decoders()["flow"]
+    z, keep, base = torch.randn(3, K, C), torch.ones(3, K, dtype=torch.bool), pictures(3)
+    x_t, t = torch.randn(3, 3, SIZE, SIZE), torch.full((3,), 0.5)
+    tokens = decoder.tokens(z, keep)
+    change = decoder(x_t, t, tokens, base + 0.1) - decoder(x_t, t, tokens, base)
+    assert (change.mean() - 0.1).abs() < 0.05, "the base comes through"
+
+    def draw(d: FlowDecoder, base: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad():
+            return d.decode(z, keep, base, generator=torch.Generator().manual_seed(0))
+
+    assert isinstance(plain, FlowDecoder) and torch.equal(draw(plain, base), draw(plain, None))
+    assert not torch.equal(draw(decoder, base), draw(decoder, base.flip(0)))
+    decoder.losses(z, keep, pictures(3), base)[1].mean().backward()
+    assert decoder.base is not None and decoder.base.weight.grad is not None and decoder.base.weight.grad.any()
+    with pytest.raises(ValueError, match="linear_path"):
+        decoder.decode(z, keep)
+
+
 def test_noise_is_for_training_only() -> None:
     bottleneck = NoiseBottleneck(WIDTH, K, C)
     h = torch.randn(2, K, WIDTH)
