@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from data.datamodule import ImageDataModule
-from stage1_tokenizer.cli import UnspoolCLI
 from stage1_tokenizer.lit_tokenizer import LitTokenizer
 from stage2_prior.lit_prior import LitPrior
 from stage2_prior.prior_data import PriorDataModule
+from tests.benchmarks.bench_tokenizers import Parsed
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STAGES: dict[str, tuple[type, type]] = {
@@ -23,18 +23,12 @@ STAGES: dict[str, tuple[type, type]] = {
 }
 
 
-class BuildOnly(UnspoolCLI):
-    """Parses and builds as the command line does, and stops before anything is read or trained."""
+class BuildOnly(Parsed):
+    """Parses and builds as the command line does, on the meta device."""
 
     def instantiate_classes(self) -> None:
         with torch.device("meta"):
-            self.config_init = self.parser.instantiate_classes(self.config)
-        self.model = self._get(self.config_init, "model")
-        self.datamodule = self._get(self.config_init, "data")
-
-    def after_instantiate_classes(self) -> None: ...
-
-    def _run_subcommand(self, subcommand: str) -> None: ...
+            super().instantiate_classes()
 
 
 def build(stage: str, file: Path) -> Any:

@@ -18,7 +18,6 @@ from data.datamodule import ImageDataModule
 from data.latents import LatentShardWriter, write_latent_manifest
 from data.scenes import COLOURS
 from stage1_tokenizer import Tokenizer
-from stage1_tokenizer.attributes import scene_values
 from stage1_tokenizer.classifier import AttributeClassifier, Budget, fit_classifier
 from stage1_tokenizer.cli import run_cli
 from stage2_prior import CausalPrior, Prior, distances, generation
@@ -388,38 +387,3 @@ def test_samples_without_a_caption_train_the_null_word(run_dir: Path) -> None:
     text = LitPrior(prior).text({"captions": [["a red circle"], [], [""]], "labels": torch.full((3,), -1)}, 1.0)
     assert text.ids[1, 0] == prior.null and text.ids[2, 0] == prior.null and text.ids[0, 0] != prior.null
     assert text.text_mask.sum(1).tolist()[1:] == [1, 1]
-
-
-def test_groups_tell_seen_from_unseen_whatever_the_word(tmp_path: Path) -> None:
-    """A scene is seen if its attributes are, with another word too; groups that are too small are not told apart."""
-    arguments = ["prepare", "--source", "scenes", "--num", "900", "--size", "64", "--words", "0.75", "--workers", "2"]
-    assert data_main([*arguments, "--val-fraction", "0.5", "--out", str(tmp_path / "data")]) == 0
-    images = ImageDataModule(str(tmp_path / "data"), image_size=64)
-    real = images.arrays("val")
-    slots = generation_slots(images.arrays("train"))
-    classifier = AttributeClassifier(slots, 64)
-    groups = generation.caption_groups(classifier, images, real)
-
-    def shown(scene: dict[str, Any]) -> str:
-        return json.dumps({name: value for name, value in scene_values(scene).items() if not name.startswith("letter")})
-
-    trained = {shown(scene) for scene in images.arrays("train")["attributes"]}
-    assert groups["seen combination"].tolist() == [shown(scene) in trained for scene in real["attributes"]]
-    one = groups["1 object"]
-    assert torch.equal(groups["1 object, seen combination"], one & groups["seen combination"])
-    assert "2 objects, seen combination" not in groups, "hardly any"
-
-    class Blind(AttributeClassifier):
-        """Reads everything right but words."""
-
-        def predict(self, images: torch.Tensor) -> torch.Tensor:
-            wanted = slots.targets(real["attributes"])
-            letters = torch.tensor([name.startswith("letter") for name in slots.names])
-            return torch.where(letters & (wanted != 0), 0, wanted)
-
-    some = {**real, "attributes": real["attributes"]}
-    read = generation.faithfulness(Blind(slots, 64), real["images"][:1], some, groups)
-    wordless = sum(scene["word"] is None for scene in real["attributes"]) / len(one)
-    assert read["all"] == pytest.approx(wordless) and 0.1 < wordless < 0.4
-    assert read["all, without words"] == read["all, without shapes and words"] == 1
-    assert read["all, without shapes"] == pytest.approx(wordless)
