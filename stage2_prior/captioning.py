@@ -9,6 +9,8 @@ otherwise reading out would be copying.
 Letters: B batch, K latents, C latent channels, L caption tokens, D width, V rows of the vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,10 +19,12 @@ from stage1_tokenizer.layers import embedding
 from stage1_tokenizer.vocabulary import END, PAD, START, CaptionVocabulary
 from stage2_prior.backbone import Backbone
 from stage2_prior.conditions import WORD_STD, CaptionWords, Condition
-from stage2_prior.contract import PriorError, Text
+from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.heads import Head
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line
 from stage2_prior.prior import CausalPrior
+
+EXAMPLES = 10  # readings that a report shows
 
 
 class CaptioningPrior(CausalPrior):
@@ -113,3 +117,34 @@ class CaptioningPrior(CausalPrior):
             token = self.words(word) + self.spoken
             hidden = self.backbone(token, positions[-1:] + at + 1, None, cache)[:, -1]
         return self.vocabulary.decode(ids)
+
+
+@torch.no_grad()
+def captioning_report(prior: Prior, z: Tensor, captions: list[list[str]], batch_size: int = 250) -> dict[str, Any]:
+    """How well a prior reads lines z (N,K,C) out, each with its captions; {} for a prior that does not read.
+
+    A reading is right if it is word for word one of the line's captions (as the vocabulary writes them); beside it, as
+    chance, how often it is one of the next line's. nats_per_token: cross-entropy of the longest caption.
+    """
+    if not isinstance(prior, CaptioningPrior):
+        return {}
+    vocabulary = prior.vocabulary
+    own = [set(vocabulary.decode(vocabulary.encode(c or [""])[0])) - {""} for c in captions]
+    read, nats = [], []
+    for lines, said in zip(z.split(batch_size), chunks(captions, batch_size), strict=True):
+        read += prior.caption(lines)
+        text = Text(*vocabulary.encode([max(c, key=len, default="") for c in said]))
+        nats.append(prior.caption_losses(lines, text).cpu())
+    right = [r in c for r, c in zip(read, own, strict=True)]
+    by_chance = [r in c for r, c in zip(read, own[1:] + own[:1], strict=True)]
+    return {
+        "lines": len(read),
+        "right": sum(right) / len(right),
+        "right_of_the_next_line": sum(by_chance) / len(by_chance),
+        "nats_per_token": torch.cat(nats).mean().item(),
+        "examples": read[:EXAMPLES],
+    }
+
+
+def chunks(rows: list[list[str]], size: int) -> list[list[list[str]]]:
+    return [rows[at : at + size] for at in range(0, len(rows), size)]

@@ -9,7 +9,8 @@ real ones. Five questions, five kinds of figures:
   it may be compared with (`distances`);
 * do the latents have the data's spread at every position (the drift meter: a prior whose errors add up drifts along
   the line), data drawn as in training, posterior noise included;
-* how likely are held-out lines, and do they tell their captions from others (`likelihood_report`);
+* how likely are held-out lines, and do they tell their captions from others (`likelihood_report`); if the prior also
+  reads lines out, how often it is right (`captioning_report`);
 * what it costs: evaluations of the head and seconds per picture, decoding included.
 
 Same caption and different seeds must give different pictures: their spread is measured and shown.
@@ -29,6 +30,7 @@ from stage1_tokenizer.classifier import Classifier, report_classifier
 from stage1_tokenizer.frechet import RandomConvFeatures
 from stage1_tokenizer.precision import matmul_dtype
 from stage1_tokenizer.report import Figure, Report, provenance
+from stage2_prior.captioning import captioning_report
 from stage2_prior.contract import LatentSpace, Prior
 from stage2_prior.distances import distance_report
 from stage2_prior.likelihood_report import classification_report, likelihood_report
@@ -131,6 +133,7 @@ class GenerationReport:
         if self.classify_lines:
             found = classification_report(prior, z, captions, self.classify_lines, held["labels"], self.seed)
             metrics["classification_by_likelihood"] = found
+        metrics["captioning"] = captioning_report(prior, z, held["captions"], self.batch_size)
         return self.page(metrics, samples, captions, real, same).write(run_dir / "generation", metrics)
 
     def held_out(self, data: CaptionSource, tokenizer: LatentSpace) -> dict[str, Any]:
@@ -244,6 +247,10 @@ class GenerationReport:
         if "faithfulness" in metrics:
             ours, best = metrics["faithfulness"][key], metrics["faithfulness"]["real"]
             figures = [Figure(n, f"{v:.3f}", f"real pictures {best[n]:.3f}") for n, v in ours.items()][:4] + figures
+        reading = metrics["captioning"]
+        if reading:
+            chance = f"word for word; of the next line's captions {reading['right_of_the_next_line']:.3f}"
+            figures.append(Figure("captions read out right", f"{reading['right']:.3f}", chance))
         report.figures(figures)
         if "faithfulness" in metrics:
             read, sizes = metrics["faithfulness"], metrics["group_sizes"]
@@ -292,6 +299,10 @@ class GenerationReport:
             ["held-out picture", *(f"guidance {w:g}" for w in samples)],
             [(captions[i], [x[i : i + 1] for x in pictures]) for i in first],
         )
+        if reading:
+            said = zip(reading["examples"], real["images"].split(1), strict=False)
+            rows_read = [(words, [picture]) for words, picture in said]
+            report.grid("Captions read out", ["held-out picture"], rows_read)
         seen = list(dict.fromkeys(captions))[: len(same)]
         report.grid("One caption, eight seeds", [""], [(c, [same[i]]) for i, c in enumerate(seen)])
         return report.provenance(provenance(self.seed))

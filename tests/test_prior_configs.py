@@ -1,4 +1,7 @@
-"""The demo's prior, plain and with every overlay, takes two steps and is exported as the overlay says."""
+"""The demo's prior, plain and with every overlay, takes two steps and is exported as the overlay says.
+
+An overlay's first line names what it goes over: `# Over CONFIG + OVERLAY: what it is for.`
+"""
 
 from pathlib import Path
 
@@ -13,17 +16,18 @@ from stage1_tokenizer.cli import run_cli
 from stage1_tokenizer.spec import build
 from stage2_prior import Prior
 from stage2_prior.lit_prior import LitPrior
+from stage2_prior.patches import main as cut_patches
 from stage2_prior.prior_data import PriorDataModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = [None, *sorted((CONFIGS / "variants").glob("prior_*.yaml"))]
-SIZE = (16, 16)
+SIZE, PATCHES = (16, 16), (64, 48)
 CAPTIONS = ["a photo of a cat", "a red circle on a white background"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few random latents of the demo's size, a few pictures, and the demo's tokenizer, untrained."""
+    """Random latents of the demo's size, a few pictures and their patches, and the demo's tokenizer, untrained."""
     folder = tmp_path_factory.mktemp("run")
     for split, n in (("train", 12), ("val", 4)):
         with LatentShardWriter(folder / "latents", split) as writer:
@@ -36,26 +40,30 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_latent_manifest(folder / "latents", *SIZE, tokenizer.fingerprint)
     words = ["prepare", "--source", "scenes", "--num", "24", "--val-fraction", "0.25", "--workers", "1"]
     assert data_main([*words, "--out", str(folder / "data")]) == 0
+    cut = ["--run_dir", str(folder / "patches"), "--data", str(folder / "data"), "--patch_size", "4"]
+    assert cut_patches(cut) == 0
     return folder
 
 
-def base_of(overlay: Path | None) -> Path:
-    """The config that the overlay's first line names."""
+def files_of(overlay: Path | None) -> list[Path]:
+    """The configs that the overlay's first line names, and itself."""
     if overlay is None:
-        return CONFIGS / "stage2" / "demo.yaml"
-    return CONFIGS.parent / overlay.read_text().splitlines()[0].removeprefix("# Over ").split(":")[0]
+        return [CONFIGS / "stage2" / "demo.yaml"]
+    named = overlay.read_text().splitlines()[0].removeprefix("# Over ").split(":")[0]
+    return [*(CONFIGS.parent / name for name in named.split(" + ")), overlay]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem if p else "plain")
 def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) -> None:
     changes = yaml.safe_load(overlay.read_text()) if overlay else {}
-    from_pictures = "data" in changes
-    files = ["--config", str(base_of(overlay)), *(["--config", str(overlay)] if overlay else [])]
+    from_pictures = "class_path" in changes.get("data", {})
+    files = [word for file in files_of(overlay) for word in ("--config", str(file))]
+    made = run / "patches" if any("patches" in file for file in files) else run
     options = {
         "run_dir": tmp_path,
-        "data.data_dir": run / ("data" if from_pictures else "latents"),
+        "data.data_dir": run / "data" if from_pictures else made / "latents",
         "data.batch_size": 4,
-        "model.tokenizer_dir": run / "tokenizer",
+        "model.tokenizer_dir": made / "tokenizer",
         "trainer.max_steps": 2,
         "trainer.limit_val_batches": 0,
         "trainer.accelerator": "cpu",
@@ -66,6 +74,7 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     )
     assert not any("encoder" in name for name in cli.model.state_dict())  # a checkpoint holds no tokenizer
     prior = Prior.from_pretrained(tmp_path / "prior")
+    assert (prior.num_latents, prior.latent_dim) == (SIZE if made == run else PATCHES)
     text = prior.encode_text(["a photo of a cat"])
     assert prior.losses(torch.randn(1, prior.num_latents, prior.latent_dim), text).isfinite().all()
     wanted = changes.get("model", {}).get("prior", {})

@@ -13,11 +13,11 @@ from stage2_prior import Prior
 from stage2_prior.amed import AMED, fit_amed
 from stage2_prior.amed import main as amed_main
 from stage2_prior.backbone import Backbone
-from stage2_prior.captioning import CaptioningPrior
+from stage2_prior.captioning import CaptioningPrior, captioning_report
 from stage2_prior.head_nets import HoistedNet
 from stage2_prior.heads import FlowHead, HeadError
 from stage2_prior.likelihood import caption_log_prob
-from stage2_prior.prior import PriorError
+from stage2_prior.prior import CausalPrior, PriorError
 from stage2_prior.samplers import Midpoint
 
 K, C, D = 4, 2, 32
@@ -65,6 +65,12 @@ def test_a_taught_prior_reads_lines_out(taught: CaptioningPrior) -> None:
     right = taught.caption_losses(z, taught.encode_text(CAPTIONS))
     wrong = taught.caption_losses(z.roll(1, 0), taught.encode_text(CAPTIONS))
     assert right.max() < 0.3 and wrong.min() > 0.6 and wrong.mean() > 1.0  # control
+    found = captioning_report(taught, z, [["red", caption] for caption in CAPTIONS], batch_size=3)
+    assert (found["lines"], found["right"], found["right_of_the_next_line"]) == (4, 1.0, 0.0)
+    assert found["nats_per_token"] == pytest.approx(right.mean().item(), abs=0.05) and found["examples"] == CAPTIONS
+    plain = CausalPrior(K, C, taught.vocabulary, Backbone(D, 1, 2, max_tokens=40), FlowHead(HoistedNet(C, D)))
+    half = captioning_report(taught, z, [[CAPTIONS[0]], [CAPTIONS[1]], [CAPTIONS[0]], []])
+    assert half["right"] == 0.5 and captioning_report(plain, z, [[]] * 4) == {}
 
 
 @pytest.mark.slow
