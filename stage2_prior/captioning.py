@@ -35,6 +35,8 @@ class CaptioningPrior(CausalPrior):
             the backbone needs room for two captions and the line.
         caption_weight: factor of the cross-entropy (nats per token) beside the head's loss.
         caption_share: share of a batch that is read out in a training step.
+        latent_weight: factor of the head's loss; 0 leaves it out, for the question what learning to draw does for
+            learning to read.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class CaptioningPrior(CausalPrior):
         context_noise: float = 0.0,
         caption_weight: float = 0.1,
         caption_share: float = 0.25,
+        latent_weight: float = 1.0,
         condition: Condition | None = None,
     ):
         if condition is not None or vocabulary is None:
@@ -62,18 +65,21 @@ class CaptioningPrior(CausalPrior):
         need = 2 * vocabulary.context_length + num_latents + 1
         if backbone.max_tokens < need:
             raise PriorError(f"backbone.max_tokens is {backbone.max_tokens}, wanted {need} for a caption at both ends.")
-        if caption_weight < 0 or not 0 < caption_share <= 1:
+        if min(caption_weight, latent_weight) < 0 or not caption_weight + latent_weight > 0:
             raise PriorError(
-                f"got caption_weight={caption_weight}, caption_share={caption_share}; want at least 0, and a share"
-                " above 0 and up to 1."
+                f"got caption_weight={caption_weight}, latent_weight={latent_weight}; want at least 0, and not both 0."
             )
-        self.caption_weight, self.caption_share = caption_weight, caption_share
+        if not 0 < caption_share <= 1:
+            raise PriorError(f"got caption_share={caption_share}, wanted a share above 0 and up to 1.")
+        self.caption_weight, self.caption_share, self.latent_weight = caption_weight, caption_share, latent_weight
         self.spoken = embedding(backbone.width, std=WORD_STD)  # says that a word is one of the trailing caption
         self.next_word = nn.Linear(backbone.width, vocabulary.rows)
         nn.init.zeros_(self.next_word.weight)
 
     def objective(self, z: Tensor, text: Text, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        parts = super().objective(z, text, generator)
+        parts = {}
+        if self.latent_weight:
+            parts = {"latents": self.latent_weight * self.losses(z, text, generator).mean()}
         n = max(1, round(self.caption_share * len(z)))
         chosen = Text(text.ids[:n], text.text_mask[:n])
         return parts | {"caption": self.caption_weight * self.caption_losses(z[:n], chosen, generator).mean()}

@@ -24,13 +24,20 @@ K, C, D = 4, 2, 32
 CAPTIONS = ["a red circle", "a large blue square", "a cross above a small green star", "a yellow star"]
 
 
-def captioning_prior() -> CaptioningPrior:
+def captioning_prior(caption_weight: float = 1.0, latent_weight: float = 1.0) -> CaptioningPrior:
     torch.manual_seed(0)
     vocabulary = CaptionVocabulary(rows=32, context_length=12)
     vocabulary.fit(CAPTIONS)
     head = FlowHead(HoistedNet(C, D, 32, 2), rows_per_time=K)
     return CaptioningPrior(
-        K, C, vocabulary, Backbone(D, 2, 2, max_tokens=40), head, 0.1, caption_weight=1.0, caption_share=1.0
+        K,
+        C,
+        vocabulary,
+        Backbone(D, 2, 2, max_tokens=40),
+        head,
+        caption_weight=caption_weight,
+        caption_share=1.0,
+        latent_weight=latent_weight,
     )
 
 
@@ -109,6 +116,21 @@ def test_captioning_options_are_checked() -> None:
         CaptioningPrior(
             K, C, vocabulary, Backbone(D, 1, 2, max_tokens=40), FlowHead(HoistedNet(C, D)), caption_share=0.0
         )
+    with pytest.raises(PriorError, match="not both 0"):
+        captioning_prior(caption_weight=0.0, latent_weight=0.0)
+
+
+def test_a_prior_that_only_reads_gives_its_head_no_gradient() -> None:
+    prior = captioning_prior(latent_weight=0.0).train()
+    parts = prior.objective(codes(), prior.encode_text(CAPTIONS))
+    assert list(parts) == ["caption"]
+    parts["caption"].backward()
+    assert all(p.grad is None for p in prior.head.parameters()) and prior.latent_in.weight.grad is not None
+    found = []
+    for prior in (captioning_prior(), captioning_prior(latent_weight=0.5)):
+        torch.manual_seed(1)
+        found.append(prior.train().objective(codes(), prior.encode_text(CAPTIONS))["latents"])
+    torch.testing.assert_close(found[0], 2 * found[1])
 
 
 # -- AMED -------------------------------------------------------------------------------------------------------------
