@@ -2,7 +2,8 @@
 
 The order of the training samples is that of `data.order`; the place in it is saved with every checkpoint, as the
 number of samples seen in the epoch, so that a resumed run sees exactly the samples it would have seen, also with other
-ranks or workers. A batch is a dictionary:
+ranks or workers. What is measured or written does not depend on it: statistics, reports and predictions have orders of
+their own. A batch is a dictionary:
 
     images (B, 3, S, S) float32 in [-1, 1]    or    latents, latents_std (B, K, C) float32
     captions    list of lists of str, per sample and as stored (scenes: short, medium, long)
@@ -13,6 +14,8 @@ ranks or workers. A batch is a dictionary:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,8 +27,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.datasets import FinishingLoader, ImageSet, LatentSet, ShardDataset, as_is
+from data.latents import SHARD_SIZE
 from data.memory import BatchMemory
-from data.order import BatchOrder
+from data.order import BatchOrder, ShardOrder
 from data.schema import SPLITS, DataError, read_manifest, split_of
 from data.shards import ShardReader
 
@@ -45,6 +49,7 @@ class ShardDataModule(LightningDataModule):
     """
 
     kind: str
+    predict_shard_size = SHARD_SIZE  # samples; predict's batches end where the shards that it writes end
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class ShardDataModule(LightningDataModule):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size or batch_size
         self.num_workers, self.seed, self.in_memory, self.drop_last = num_workers, seed, in_memory, drop_last
         self.predict_splits = tuple(predict_splits)
+        self.finished: dict[str, set[int]] = {}
         self._sets: dict[str, ShardDataset] = {}
         self._order: BatchOrder | None = None
         self._resume: dict[str, int] | None = None
@@ -131,18 +137,36 @@ class ShardDataModule(LightningDataModule):
             self._order.set_epoch(self.trainer.current_epoch)
         return self._loader("train", self._order)
 
+    def statistics_dataloader(self) -> DataLoader[Any]:
+        """Shuffled training batches, always the same, on any rank: of the first epoch, and never from a resumed place."""
+        return self._loader("train", BatchOrder(len(self.split("train")), self.batch_size, self.seed))
+
     def val_dataloader(self) -> DataLoader[Any]:
         """The val split in stored order."""
         return self._loader("val", self._make_order("val", self.val_batch_size))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The val split: what a report is made of."""
-        return self.val_dataloader()
+        """The val split, whole on every rank: what a report is made of, and one rank makes it."""
+        return self._loader("val", BatchOrder(len(self.split("val")), self.val_batch_size, shuffle=False))
+
+    def splits_to_predict(self) -> list[str]:
+        """Return the `predict_splits` that have samples: those of the loaders of `predict_dataloader`, in their order."""
+        counts = self.manifest()["counts"]
+        return [split for split in self.predict_splits if counts.get(split)]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """The `predict_splits` in stored order; a split without shards is left out."""
-        present = [split for split in self.predict_splits if self.manifest()["counts"].get(split)]
-        return [self._loader(split, self._make_order(split, self.val_batch_size)) for split in present]
+        """The `splits_to_predict` in stored order, each sample on one rank, in batches that end where shards end.
+
+        Numbers of shards that are put into `finished[split]` before the first batch is read are left out.
+        """
+        rank, world = self._ranks()
+        self.finished = {split: set() for split in self.splits_to_predict()}
+        loaders = []
+        for split, finished in self.finished.items():
+            total = len(self.split(split))
+            order = ShardOrder(total, self.val_batch_size, self.predict_shard_size, rank, world, finished)
+            loaders.append(self._loader(split, order))
+        return loaders
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
@@ -172,10 +196,13 @@ class ShardDataModule(LightningDataModule):
         return self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
 
     def _make_order(self, split: str, batch_size: int, shuffle: bool = False, drop_last: bool = False) -> BatchOrder:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        rank, world = self._ranks()
         return BatchOrder(len(self.split(split)), batch_size, self.seed, shuffle, rank, world, drop_last)
 
-    def _loader(self, split: str, order: BatchOrder) -> DataLoader[Any]:
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _loader(self, split: str, order: BatchOrder | ShardOrder) -> DataLoader[Any]:
         loader = FinishingLoader(
             self.split(split),
             batch_size=None,  # the order yields whole batches
@@ -225,6 +252,15 @@ class ImageDataModule(ShardDataModule):
         if self._foreign():
             return {"kind": "images", "counts": {split: len(self.split(split)) for split in SPLITS}}
         return super().manifest()
+
+    def fingerprint(self, split: str) -> str:
+        """Return the identity of the pictures of a split: a hash of its shards and of what is done to the pictures."""
+        shards: dict[str, Any] = self.manifest().get("shards", {})
+        names = {name: stats for name, stats in shards.items() if name.startswith(f"{split}/")}
+        if self._foreign():  # of tars without a manifest their names and sizes are known
+            names = {str(path): path.stat().st_size for path in self.split(split).reader.paths}
+        facts = [names, self.image_size, self.val_fraction, self.flip, self.seed]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def open_split(self, split: str) -> ShardDataset:
         """Return the pictures of a split; only training pictures are mirrored."""

@@ -5,11 +5,14 @@ every world-th of them from r on; so the samples of a step do not depend on the 
 the same, and the sequence of samples does not depend on it at all. A restart gives the number of samples already seen
 and continues behind them, with as many ranks and workers as it likes. Nothing is drawn from a generator that would have
 to be saved.
+
+Training wants equally many batches on all ranks (`BatchOrder`); what is written to shards wants every sample exactly
+once, and in shards that are the same for any number of ranks (`ShardOrder`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,3 +104,53 @@ class BatchOrder(DistributedSampler[Batch]):
 
     def _start(self) -> tuple[int, int]:
         return (self.start_samples, self.start_batches) if self.epoch == self.start_epoch else (0, 0)
+
+
+class ShardOrder(DistributedSampler[Batch]):
+    """Yield the batches from which one rank writes its shards; each sample comes once, on one rank.
+
+    Shard n holds samples [n * shard_size, (n + 1) * shard_size) in stored order, and rank r writes every world-th shard
+    from r on. Batches end where shards end. So a shard has the same content, from the same batches, whichever rank
+    writes it and whatever was written before.
+
+    Args:
+        total: samples in the set.
+        batch_size: samples per batch, the last one of a shard may be smaller.
+        shard_size: samples per shard, the last shard may be smaller.
+        rank, world: this process among how many.
+        finished: numbers of shards to leave out; looked into when the iteration comes to a shard.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        batch_size: int,
+        shard_size: int,
+        rank: int = 0,
+        world: int = 1,
+        finished: Container[int] = (),
+    ) -> None:
+        if min(total, batch_size, shard_size) < 1:
+            raise DataError(
+                f"got {total} samples in batches of {batch_size} and shards of {shard_size}, wanted 1 or more of each"
+            )
+        super().__init__(range(total), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.total, self.batch_size, self.shard_size, self.world = total, batch_size, shard_size, world
+        self.finished = finished
+
+    def __len__(self) -> int:
+        """Batches of the first rank, which has the most, finished shards included: Lightning asks for at least one."""
+        return sum(len(self._batches(number)) for number in self._numbers(rank=0))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in self._numbers(self.rank):
+            if number not in self.finished:
+                for samples in self._batches(number):
+                    yield Batch(0, samples.start, tuple(samples))
+
+    def _numbers(self, rank: int) -> range:
+        return range(rank, -(-self.total // self.shard_size), self.world)
+
+    def _batches(self, number: int) -> list[range]:
+        start, stop = number * self.shard_size, min((number + 1) * self.shard_size, self.total)
+        return [range(first, min(first + self.batch_size, stop)) for first in range(start, stop, self.batch_size)]

@@ -4,7 +4,8 @@ Each callback does one of these things and can be read alone:
 
     RunCheckpoint   checkpoints/last.ckpt every N steps, at the end, and on Ctrl-C after the step in flight
     RandomStates    the random states of torch, numpy and python travel in the checkpoint
-    NaNGuard        stops at the first non-finite loss, naming step, batch keys and loss parts
+    ConfiguredRates a resumed fit has the learning rates of its configuration, not those of the checkpoint
+    NaNGuard        stops at the first non-finite loss, naming step, batch keys and loss parts; no NaN is ever saved
     Throughput      logs steps and samples per second, validation excluded
     ExportAtEnd     the lit module's export, with averaged weights, replacing the old one only when complete
 """
@@ -27,18 +28,29 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from stage1_tokenizer.ema import EMAWeights
+from stage1_tokenizer.optim import configured_options, restore_options
 from stage1_tokenizer.run_folder import RunFolder
+
+AGREE_EVERY = 10  # batches between two looks at whether another rank was interrupted: each look waits for the device
 
 
 class NonFiniteLossError(ValueError):
-    """A loss became infinite or not a number."""
+    """A loss or a weight became infinite or not a number."""
+
+
+def on_any_rank(trainer: pl.Trainer, found: bool) -> bool:
+    """True if `found` on any rank, and then on all: what they do next may be a collective. Alone, no wait."""
+    if trainer.world_size == 1:
+        return found
+    return bool(trainer.strategy.reduce_boolean_decision(found, all=False))
 
 
 class RunCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` of a run folder, replaced only by a complete newer one.
 
-    Ctrl-C during a fit finishes the step in flight and saves, so that `--resume auto` continues exactly; a second
-    Ctrl-C stops at once. After an error nothing is saved: the last good checkpoint stays.
+    Ctrl-C during a fit finishes the step in flight (all of its batches, where gradients accumulate) and saves, so that
+    `--resume auto` continues exactly; a second Ctrl-C stops at once. Of several ranks all stop after the same step, the
+    first that all know of. After an error nothing is saved: the last good checkpoint stays.
 
     every_n_steps: optimizer steps between two saves. keep_every: additionally keep step=N.ckpt at these multiples.
     """
@@ -50,12 +62,13 @@ class RunCheckpoint(Checkpoint):
             )
         self.every_n_steps, self.keep_every = every_n_steps, keep_every
         self.folder: RunFolder | None = None  # given by the command line before a fit
-        self._saved_step = 0
-        self._interrupted = False
+        self._saved_step = self._seen_step = 0
+        self._interrupted = self._agreed = False  # told to stop: this rank, all ranks
         self._previous_handler: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_step, self._interrupted = trainer.global_step, False
+        self._saved_step = self._seen_step = trainer.global_step
+        self._interrupted = self._agreed = False
         if threading.current_thread() is threading.main_thread():
             self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -69,9 +82,13 @@ class RunCheckpoint(Checkpoint):
         last = trainer.should_stop or step == trainer.max_steps or last_batch
         due = last or step // self.every_n_steps > self._saved_step // self.every_n_steps
         kept = self.keep_every is not None and step // self.keep_every > self._saved_step // self.keep_every
-        if due or kept or self._interrupted:
+        if trainer.world_size == 1 or trainer.fit_loop.total_batch_idx % AGREE_EVERY == 0:
+            self._agreed = self._agreed or on_any_rank(trainer, self._interrupted)
+        stop = self._agreed and step != self._seen_step  # not while gradients accumulate: they are in no checkpoint
+        self._seen_step = step
+        if due or kept or stop:
             self._save(trainer, keep=kept)
-        if self._interrupted:
+        if stop:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -93,6 +110,7 @@ class RunCheckpoint(Checkpoint):
             if keep:
                 shutil.copyfile(part, last.with_name(f"step={trainer.global_step}.ckpt"))
             os.replace(part, last)
+        trainer.strategy.barrier("checkpoint")  # a rank that stops now must not take rank 0 down amid the two above
 
     def _on_interrupt(self, signal_number: int, frame: Any) -> None:
         if self._interrupted:
@@ -190,11 +208,28 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
+class ConfiguredRates(pl.Callback):
+    """After a checkpoint was loaded, puts the configured learning rates and weight decays back into the optimizers."""
+
+    def __init__(self) -> None:
+        self._options: list[list[dict[str, Any]]] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._options = [configured_options(optimizer) for optimizer in trainer.optimizers]  # before they are restored
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        schedules = {id(s.scheduler.optimizer): s.scheduler for s in trainer.lr_scheduler_configs}
+        for optimizer, options in zip(trainer.optimizers, self._options, strict=True):
+            restore_options(optimizer, options, schedules.get(id(optimizer)))
+
+
 class NaNGuard(pl.Callback):
     """Stops a fit whose loss is no finite number, with the step, the keys of its batch, and the parts of the loss.
 
     The parts are the 0-d tensors that `training_step` returns beside "loss". Nothing waits for the device at a step:
-    losses are kept where they are and looked at every `every_n_steps` batches, and before a checkpoint is written.
+    losses are kept where they are and looked at every `every_n_steps` batches, and before a checkpoint is written. Then
+    the weights are looked at, too: a finite loss can have a gradient that is not, and it would take the place of the
+    last good checkpoint. All ranks stop if one has to.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -212,17 +247,18 @@ class NaNGuard(pl.Callback):
             keys = batch.get("keys", []) if isinstance(batch, Mapping) else []
             self._seen.append((trainer.global_step, list(keys), parts))
         if len(self._seen) >= self.every_n_steps:
-            self.check()
+            self.check(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.check()
+        self.check(trainer)
+        self.check_weights(trainer, pl_module)
 
-    def check(self) -> None:
+    def check(self, trainer: pl.Trainer) -> None:
         """Look at the losses kept since the last look. Raises NonFiniteLossError at the first that is not finite."""
         seen, self._seen = self._seen, []
-        if not seen or bool(torch.stack([v.isfinite().all() for _, _, parts in seen for v in parts.values()]).all()):
+        if not on_any_rank(trainer, not all_finite([v for _, _, parts in seen for v in parts.values()])):
             return
         for step, keys, parts in seen:
             values = {k: v.item() for k, v in parts.items()}
@@ -233,6 +269,26 @@ class NaNGuard(pl.Callback):
                     f"the loss is not finite at step {step} ({listed}); its batch holds the keys {shown or 'unknown'}; "
                     "the last checkpoint is from before: resume it with a lower learning rate, or look at these samples"
                 )
+        raise NonFiniteLossError(
+            f"the loss of another rank is not finite, at or before step {trainer.global_step}; see its message"
+        )
+
+    def check_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raises NonFiniteLossError if any parameter holds a value that is not finite, naming the first."""
+        named = dict(pl_module.named_parameters())
+        if not on_any_rank(trainer, not all_finite(list(named.values()))):
+            return
+        broken = [name for name, parameter in named.items() if not bool(parameter.isfinite().all())]
+        raise NonFiniteLossError(
+            f"{len(broken)} of {len(named)} parameters are not finite at step {trainer.global_step}, "
+            f"first {broken[0] if broken else 'on another rank'}, though no loss was: a gradient overflowed; nothing "
+            "was saved, the last checkpoint is from before: resume it with a lower learning rate"
+        )
+
+
+def all_finite(tensors: list[Tensor]) -> bool:
+    """True if no value of any tensor is infinite or not a number; waits for the device once."""
+    return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
 class Throughput(pl.Callback):

@@ -38,7 +38,7 @@ class PrefixCaptioner(Spec, nn.Module):
         heads: int = 2,
     ):
         super().__init__()
-        self.context_length, self.num_latents = context_length, num_latents
+        self.rows, self.context_length, self.num_latents = rows, context_length, num_latents
         self.words = nn.Embedding(rows, width)
         nn.init.normal_(self.words.weight, std=0.7)
         self.position = embedding(context_length, width, std=0.7)

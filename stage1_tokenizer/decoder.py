@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.contract import Decoder
-from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, embedding
+from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, decayed, embedding, training_only
 
 
 class ConvTail(nn.Module):
@@ -25,10 +25,10 @@ class ConvTail(nn.Module):
     def __init__(self, width: int, patch_size: int, channels: int, depth: int, inputs: int = 1):
         super().__init__()
         self.cell = patch_size // 2  # side of a patch at half resolution
-        self.token = nn.Linear(width, channels * self.cell**2)
-        self.pixels = nn.Conv2d(12 * inputs, channels, 3, padding=1)
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth))
-        self.out = nn.Conv2d(channels, 12, 3, padding=1)
+        self.token = decayed(nn.Linear(width, channels * self.cell**2))
+        self.pixels = decayed(nn.Conv2d(12 * inputs, channels, 3, padding=1))
+        self.convs = nn.ModuleList(decayed(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(depth))
+        self.out = decayed(nn.Conv2d(channels, 12, 3, padding=1))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
 
@@ -45,7 +45,8 @@ class ViTDecoder(Decoder):
     """Deterministic pixel decoder. forward(z (B,K,C), keep_mask (B,K), base (B,3,H,W) or None) -> images (B,3,H,W).
 
     `base` is an image that the decoder starts from and corrects (a linear path's reconstruction); it also enters the
-    pixel queries, so that the blocks know what is already there.
+    pixel queries, so that the blocks know what is already there. `checkpointing`: blocks are computed again in the
+    backward pass instead of keeping their activations.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class ViTDecoder(Decoder):
         tail_channels: int = 32,
         tail_depth: int = 2,
         base: bool = False,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        training_only(self, "checkpointing")
         if image_size % patch_size or patch_size % 2:
             raise ValueError(f"got image_size {image_size}, patch_size {patch_size}; want an even divisor of the size.")
         self.image_size, self.patch_size, self.num_latents = image_size, patch_size, num_latents
@@ -71,10 +74,10 @@ class ViTDecoder(Decoder):
         self.position = embedding(num_latents, width)
         self.queries = embedding(side * side, width)
         self.mix = StaticMix(width, num_latents, side * side)
-        self.base = nn.Conv2d(3, width, patch_size, stride=patch_size) if base else None
-        self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
+        self.base = decayed(nn.Conv2d(3, width, patch_size, stride=patch_size)) if base else None
+        self.blocks = nn.ModuleList(Block(width, heads, cross=True, checkpointing=checkpointing) for _ in range(depth))
         self.norm = LayerNorm(width)
-        self.patch = nn.Linear(width, 3 * patch_size**2)
+        self.patch = decayed(nn.Linear(width, 3 * patch_size**2))
         with torch.no_grad():
             self.patch.weight *= 0.1
         self.tail = ConvTail(width, patch_size, tail_channels, tail_depth)

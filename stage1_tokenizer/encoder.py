@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.contract import Encoder
-from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, causal_mask, embedding
+from stage1_tokenizer.layers import (
+    Block,
+    LayerNorm,
+    StaticMix,
+    causal_mask,
+    decayed,
+    embedding,
+    hidden_patches,
+    training_only,
+)
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.timm_trunk import TimmTrunk
 
@@ -26,7 +35,8 @@ class PatchTrunk(Spec, nn.Module):
 
     The first convolution (3x3, stride 2) sees edges before the second folds the rest of the patch. With `mask_ratio`
     > 0, training replaces a random share U(0, mask_ratio) of the patches by a learned vector, which keeps latents from
-    collapsing onto local texture (notes of MacTok and MAETok). Raises ValueError for an image of another size.
+    collapsing onto local texture (notes of MacTok and MAETok). `checkpointing`: blocks are computed again in the
+    backward pass (see `layers.Block`). Raises ValueError for an image of another size.
     """
 
     def __init__(
@@ -38,17 +48,19 @@ class PatchTrunk(Spec, nn.Module):
         heads: int = 2,
         stem_width: int = 48,
         mask_ratio: float = 0.0,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        training_only(self, "checkpointing")
         if image_size % patch_size or patch_size % 2:
             raise ValueError(f"got image_size {image_size}, patch_size {patch_size}; want an even divisor of the size.")
         self.image_size, self.width, self.mask_ratio = image_size, width, mask_ratio
         self.num_patches = (image_size // patch_size) ** 2
-        self.stem = nn.Conv2d(3, stem_width, 3, stride=2, padding=1)
-        self.patch = nn.Conv2d(stem_width, width, patch_size // 2, stride=patch_size // 2)
+        self.stem = decayed(nn.Conv2d(3, stem_width, 3, stride=2, padding=1))
+        self.patch = decayed(nn.Conv2d(stem_width, width, patch_size // 2, stride=patch_size // 2))
         self.position = embedding(self.num_patches, width)
         self.null = embedding(width) if mask_ratio > 0 else None
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, checkpointing=checkpointing) for _ in range(depth))
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[1:] != (3, self.image_size, self.image_size):
@@ -59,9 +71,8 @@ class PatchTrunk(Spec, nn.Module):
         x = self.patch(F.gelu(self.stem(images)))  # (B,D,H/p,W/p)
         x = x.flatten(2).transpose(1, 2)  # (B,N,D)
         if self.null is not None and self.training:
-            share = torch.rand(x.shape[0], 1, 1, device=x.device) * self.mask_ratio
-            drop = torch.rand(x.shape[0], x.shape[1], 1, device=x.device) < share
-            x = torch.where(drop, self.null.to(x.dtype), x)
+            drop = hidden_patches(x.shape[0], x.shape[1], self.mask_ratio, x.device)  # (B,N)
+            x = torch.where(drop[..., None], self.null.to(x.dtype), x)
         x = x + self.position
         for block in self.blocks:
             x = block(x)
@@ -76,16 +87,28 @@ class QFormerEncoder(Encoder):
         num_latents: K.
         depth: blocks of self-attention + cross-attention + MLP.
         heads: attention heads.
+        checkpointing: compute these blocks again in the backward pass instead of keeping their activations; the trunk
+            has a switch of its own.
     forward(images, k=None) -> h (B,k,D), by default k = K.
     """
 
-    def __init__(self, trunk: PatchTrunk | TimmTrunk, num_latents: int = 16, depth: int = 1, heads: int = 2):
+    def __init__(
+        self,
+        trunk: PatchTrunk | TimmTrunk,
+        num_latents: int = 16,
+        depth: int = 1,
+        heads: int = 2,
+        checkpointing: bool = False,
+    ):
         super().__init__()
+        training_only(self, "checkpointing")
         self.trunk, self.num_latents, self.width = trunk, num_latents, trunk.width
         self.queries = embedding(num_latents, trunk.width)
         self.mix = StaticMix(trunk.width, trunk.num_patches, num_latents)
         self.patch_norm = LayerNorm(trunk.width)
-        self.blocks = nn.ModuleList(Block(trunk.width, heads, cross=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(trunk.width, heads, cross=True, checkpointing=checkpointing) for _ in range(depth)
+        )
         self.norm = LayerNorm(trunk.width)
         self.register_buffer("causal", causal_mask(num_latents), persistent=False)
         self.causal: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.contract import Decoder
 from stage1_tokenizer.decoder import ConvTail
 from stage1_tokenizer.flow import interpolate, midpoint, power_grid, v_from_x
-from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, embedding
+from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, decayed, embedding, training_only
 
 REFERENCE_SIZE = 32  # resolution at which training times are not shifted
 
@@ -32,7 +32,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-1, 2, width // 2))
-        self.layer = nn.Linear(width, width)
+        self.layer = decayed(nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None] * self.frequencies
@@ -49,6 +49,7 @@ class FlowDecoder(Decoder):
         floor: smallest t in the loss's denominator.
         base: also see the linear path's reconstruction, and say the clean image as a correction to it. The tokenizer
             must have a linear path.
+        checkpointing: compute blocks again in the backward pass instead of keeping their activations.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class FlowDecoder(Decoder):
         time_mean: float = 0.0,
         floor: float = 0.1,
         base: bool = False,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        training_only(self, "checkpointing")
         if steps < 1 or not 0 < floor < 1:
             raise ValueError(f"got steps {steps}, floor {floor}; want at least 1 step and a floor within (0, 1).")
         self.image_size, self.patch_size, self.num_latents = image_size, patch_size, num_latents
@@ -78,12 +81,12 @@ class FlowDecoder(Decoder):
         self.null, self.position = embedding(num_latents, width), embedding(num_latents, width)
         self.queries = embedding(side * side, width)
         self.mix = StaticMix(width, num_latents, side * side)
-        self.noisy = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        self.base = nn.Conv2d(3, width, patch_size, stride=patch_size) if base else None
+        self.noisy = decayed(nn.Conv2d(3, width, patch_size, stride=patch_size))
+        self.base = decayed(nn.Conv2d(3, width, patch_size, stride=patch_size)) if base else None
         self.time = TimeEmbedding(width)
-        self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, cross=True, checkpointing=checkpointing) for _ in range(depth))
         self.norm = LayerNorm(width)
-        self.patch = nn.Linear(width, 3 * patch_size**2)
+        self.patch = decayed(nn.Linear(width, 3 * patch_size**2))
         with torch.no_grad():
             self.patch.weight *= 0.1
         self.tail = ConvTail(width, patch_size, tail_channels, tail_depth, inputs=3 if base else 2)

@@ -84,7 +84,7 @@ def inception_features(weights: str | Path | None, device: torch.device | str = 
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:
-        return Skipped(name, "torch-fidelity is not installed", "pip install 'unspool[metrics]'")
+        return Skipped(name, "torch-fidelity is not installed", "pip install 'unspool[inception]'")
     network = FeatureExtractorInceptionV3(
         InceptionFeatures.feature_name, ["2048"], feature_extractor_weights_path=str(weights)
     )

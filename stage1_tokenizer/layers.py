@@ -9,19 +9,27 @@ Choices, each with its reason:
 * ReLU^2 (So et al. 2021, "Primer") in the MLP: one matrix less than SwiGLU.
 * `attend` writes attention as two plain matmuls where autograd runs on a CPU: the backward of fused CPU attention is
   the largest single cost of a small model (1.7x of a whole step). Everywhere else it is fused.
-* Linear layers of blocks have no bias; their weights are marked for Muon where they are born (`weight.group`).
+* Linear layers of blocks have no bias; their weights are marked for Muon where they are born (`weight.group`). Other
+  linear maps are marked for weight decay there; embeddings, biases, gains and gates are not marked and never decay.
+* A block may compute its activations again in the backward pass instead of keeping them (`checkpointing`).
 
 Letters: B batch, n query tokens, m key tokens, D width, H heads, d = D / H.
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stage1_tokenizer.spec import Spec
 
 MATRIX = "matrix"  # parameter group of 2-D block matrices (Muon)
 DECAY = "decay"  # AdamW with weight decay
+
+Linear = TypeVar("Linear", nn.Linear, nn.Conv2d)
 
 
 def mark(parameter: nn.Parameter, group: str) -> nn.Parameter:
@@ -39,6 +47,13 @@ def linear(n_in: int, n_out: int, zero: bool = False) -> nn.Linear:
     else:
         nn.init.uniform_(layer.weight, -math.sqrt(3 / n_in), math.sqrt(3 / n_in))  # std 1/sqrt(n_in)
     mark(layer.weight, MATRIX)
+    return layer
+
+
+def decayed(layer: Linear) -> Linear:
+    """The same layer, its weight marked for weight decay; its bias is not."""
+    assert isinstance(layer.weight, nn.Parameter), "a fresh layer's"
+    mark(layer.weight, DECAY)
     return layer
 
 
@@ -60,6 +75,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 def causal_mask(n: int, device: torch.device | None = None) -> Tensor:
     """(n, n) bool, True where token i may see token j <= i."""
     return torch.ones(n, n, dtype=torch.bool, device=device).tril()
+
+
+def hidden_patches(batch: int, patches: int, ratio: float, device: torch.device) -> Tensor:
+    """(B,N) bool, True = hidden: of every image a random share U(0, ratio) of its patches."""
+    share = torch.rand(batch, 1, device=device) * ratio
+    return torch.rand(batch, patches, device=device) < share
+
+
+def training_only(module: Spec, *names: str) -> None:
+    """Leave constructor arguments that say how `module` trains out of its description.
+
+    They change nothing that it computes: an export that records them would have another fingerprint, and priors would
+    refuse it.
+    """
+    for name in names:
+        module.spec["init_args"].pop(name, None)
 
 
 class QKNorm(nn.Module):
@@ -122,10 +153,14 @@ class Block(nn.Module):
     """Pre-norm transformer block: self-attention, then cross-attention to `context` if `cross`, then MLP.
 
     forward(x (B,n,D), context (B,m,D) or None, self_mask, cross_mask) -> (B,n,D). Masks: bool, True = visible.
+    With `checkpointing`, training keeps only the inputs of the block and computes the rest again in the backward pass.
     """
 
-    def __init__(self, width: int, heads: int, cross: bool = False, expansion: int = 4):
+    def __init__(
+        self, width: int, heads: int, cross: bool = False, expansion: int = 4, checkpointing: bool = False
+    ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.self_norm, self.self_attention = LayerNorm(width), Attention(width, heads)
         self.cross_norm = LayerNorm(width) if cross else None
         self.cross_attention = Attention(width, heads) if cross else None
@@ -138,6 +173,11 @@ class Block(nn.Module):
         self_mask: Tensor | None = None,
         cross_mask: Tensor | None = None,
     ) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, context, self_mask, cross_mask, use_reentrant=False)
+        return self.compute(x, context, self_mask, cross_mask)
+
+    def compute(self, x: Tensor, context: Tensor | None, self_mask: Tensor | None, cross_mask: Tensor | None) -> Tensor:
         x = x + self.self_attention(self.self_norm(x), mask=self_mask)
         if self.cross_attention is not None and self.cross_norm is not None:
             x = x + self.cross_attention(self.cross_norm(x), context, cross_mask)
@@ -158,7 +198,7 @@ class StaticMix(nn.Module):
             raise ValueError(f"width {width} is not divisible by heads {heads}; choose heads that divide the width.")
         self.heads = heads
         self.value = linear(width, width)
-        self.weight = nn.Parameter(torch.randn(heads, n_out, n_in) * n_in**-0.5)
+        self.weight = mark(nn.Parameter(torch.randn(heads, n_out, n_in) * n_in**-0.5), DECAY)
 
     def forward(self, x: Tensor, n: int | None = None) -> Tensor:
         v = self.value(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,h,m,D/h)
@@ -171,7 +211,7 @@ class Linears(nn.Module):
 
     def __init__(self, positions: int, n_in: int, n_out: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(positions, n_in, n_out) * n_in**-0.5)
+        self.weight = mark(nn.Parameter(torch.randn(positions, n_in, n_out) * n_in**-0.5), DECAY)
         self.bias = nn.Parameter(torch.zeros(positions, n_out))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from data.latents import LatentShardWriter, write_latent_manifest
+from data.latents import LatentShardWriter, Origin, begin_latents, finished_shards, write_latent_manifest
 from stage1_tokenizer.adversarial import AdversarialLoss
 from stage1_tokenizer.card import tokenizer_card
 from stage1_tokenizer.losses import ImageLoss
@@ -210,7 +210,9 @@ class LitTokenizer(pl.LightningModule):
         self.tokenizer.save_pretrained(folder / "tokenizer", tokenizer_card(self.tokenizer, figures))
 
     def training_images(self, limit: int) -> Iterator[Tensor]:
-        loader = self.data.train_dataloader()
+        """Batches (B,3,H,W) of about `limit` training pictures, the same ones wherever a resumed fit began."""
+        # A stream has no loader for statistics: its training loader starts anew each time.
+        loader = getattr(self.data, "statistics_dataloader", self.data.train_dataloader)()
         for batch in islice(loader, max(1, limit // self.data.batch_size)):
             yield batch["images"].to(self.device)
 
@@ -236,32 +238,43 @@ class LitTokenizer(pl.LightningModule):
         )
 
     def on_predict_start(self) -> None:
+        """Open a writer for every split, which keeps the shards that an interrupted predict of the same has finished."""
         self.latents_dir = self.run_dir / "latents"
-        self.writer: LatentShardWriter | None = None
-        self.writer_split = ""
+        fingerprint, size = self.tokenizer.fingerprint, self.data.predict_shard_size
+        origins, finished = {}, {}
+        for split in self.data.splits_to_predict():
+            total = len(self.data.split(split))
+            origin = Origin(fingerprint, self.data.fingerprint(split), str(self.trainer.precision), total, size)
+            origins[split], finished[split] = origin, finished_shards(self.latents_dir, split, origin)
+        if self.trainer.is_global_zero:
+            kept = sum(sum(counts.values()) for counts in finished.values())
+            total = sum(origin.samples for origin in origins.values())
+            if kept:
+                print(f"latents: kept {kept} of {total} samples, which were encoded before by tokenizer {fingerprint}")
+            if kept < total:
+                begin_latents(self.latents_dir, list(origins), fingerprint)
+        self.trainer.strategy.barrier("latents kept")  # all ranks have looked before any of them writes or removes
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        self.writers = {
+            split: LatentShardWriter(self.latents_dir, split, size, rank, world, origin, finished[split])
+            for split, origin in origins.items()
+        }
+        for split, numbers in finished.items():
+            self.data.finished[split].update(numbers)  # the loaders leave them out
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        split = self.data.predict_splits[dataloader_idx]
-        if split != self.writer_split:
-            self.close_writer()
-            self.writer_split = split
-            self.writer = LatentShardWriter(
-                self.latents_dir, split, rank=self.trainer.global_rank, world=self.trainer.world_size
-            ).__enter__()
-        assert self.writer is not None, "opened for the first batch"
-        self.writer.write_batch(batch, *self.tokenizer.posterior(batch["images"]))
-
-    def close_writer(self) -> None:
-        if self.writer is not None:
-            self.writer.__exit__(None, None, None)
-        self.writer = None
+        writer = list(self.writers.values())[dataloader_idx]
+        writer.write_batch(batch, *self.tokenizer.posterior(batch["images"]))
 
     def on_predict_end(self) -> None:
-        self.close_writer()
+        for writer in self.writers.values():
+            writer.__exit__(None, None, None)
         self.trainer.strategy.barrier("latents")
         if self.trainer.is_global_zero:
             tok = self.tokenizer
-            write_latent_manifest(
+            counts = write_latent_manifest(
                 self.latents_dir, tok.num_latents, tok.latent_dim, tok.fingerprint, str(self.data.data_dir)
             )
-            print(f"latents: {self.latents_dir} ({tok.num_latents} x {tok.latent_dim}, tokenizer {tok.fingerprint})")
+            samples = ", ".join(f"{count} {split}" for split, count in counts.items())
+            size = f"{tok.num_latents} x {tok.latent_dim}"
+            print(f"latents: {self.latents_dir} ({samples}, {size}, tokenizer {tok.fingerprint})")

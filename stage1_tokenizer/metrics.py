@@ -10,6 +10,7 @@ reason and the way to fix it: a report lists what it left out, and never downloa
 Letters: N images, K latents, C channels of a latent, E width of an embedding, Q queries, M candidates.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -61,51 +62,64 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
     Gaussian window of 11 pixels, sigma 1.5, per channel, averaged over the places where the whole window is inside the
     picture, as in the paper; sides of at least 11 pixels. The window is applied as two banded matrices, 20 times
-    faster on a CPU than the depthwise convolution of torchmetrics, whose mean also counts a mirrored border.
+    faster on a CPU than the depthwise convolution of torchmetrics, whose mean also counts a mirrored border. Always in
+    float32: a variance is a small difference of large means, and bfloat16 leaves nothing of it.
     """
     _check_pair(images, reference)
     h, w = images.shape[-2:]
     if min(h, w) < SSIM_WINDOW:
         raise ValueError(f"got {h} x {w} pictures, wanted sides of {SSIM_WINDOW} or more for SSIM")
     x, y = images.float(), reference.float()
-    rows, columns = _gaussian_band(h).to(x), _gaussian_band(w).T.to(x)  # (H - 10, H), (W, W - 10)
-    mu_x, mu_y, xx, yy, xy = (rows @ part @ columns for part in (x, y, x * x, y * y, x * y))  # (N, 3, H - 10, W - 10)
+    rows, columns = _gaussian_band(h, x.device), _gaussian_band(w, x.device).T  # (H - 10, H), (W, W - 10)
+    with torch.autocast(x.device.type, enabled=False):
+        means = (rows @ part @ columns for part in (x, y, x * x, y * y, x * y))
+        mu_x, mu_y, xx, yy, xy = means  # (N, 3, H - 10, W - 10)
     c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
     luminance = (2 * mu_x * mu_y + c1) / (mu_x.square() + mu_y.square() + c1)
     structure = (2 * (xy - mu_x * mu_y) + c2) / (xx - mu_x.square() + yy - mu_y.square() + c2)
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
-def _gaussian_band(size: int) -> Tensor:
-    """Matrix (size - 10, size) that averages each run of 11 neighbours with Gaussian weights, sigma 1.5."""
-    offset = torch.arange(size)[None] - torch.arange(size - SSIM_WINDOW + 1)[:, None]
-    weights = torch.exp(-(((offset - SSIM_WINDOW // 2) / 1.5) ** 2) / 2)
-    weights = weights * ((offset >= 0) & (offset < SSIM_WINDOW))
-    return weights / weights.sum(dim=1, keepdim=True)
+@functools.lru_cache(maxsize=32)
+def _gaussian_band(size: int, device: torch.device) -> Tensor:
+    """Matrix (size - 10, size) that averages each run of 11 neighbours with Gaussian weights, sigma 1.5.
+
+    Kept by size and device: a copy to a GPU in every step of a loss would make the step wait for it.
+    """
+    with torch.inference_mode(False):  # a report may be the first to ask, and a loss needs it for its gradient
+        offset = torch.arange(size)[None] - torch.arange(size - SSIM_WINDOW + 1)[:, None]
+        weights = torch.exp(-(((offset - SSIM_WINDOW // 2) / 1.5) ** 2) / 2)
+        weights = weights * ((offset >= 0) & (offset < SSIM_WINDOW))
+        return (weights / weights.sum(dim=1, keepdim=True)).to(device)
 
 
 PairMetric = Callable[[Tensor, Tensor], Tensor]  # (images, reference), both (N, 3, H, W) -> (N,)
 
 
-def lpips_metric(trunk: str = "alex", device: torch.device | str = "cpu") -> PairMetric | Skipped:
-    """LPIPS (Zhang et al. 2018) as a function (images, reference) -> (N,), or `Skipped` where its trunk is not cached.
+def lpips_metric(
+    trunk: str = "alex", device: torch.device | str = "cpu", weights: str | Path | None = None
+) -> PairMetric | Skipped:
+    """LPIPS (Zhang et al. 2018) as a function (images, reference) -> (N,), or `Skipped` where its trunk is not found.
 
-    The `lpips` package brings the linear heads and leaves the trunk to torchvision's cache; fetching it is a choice
-    of the user's, not of a report's.
+    The `lpips` package brings the linear heads and no trunk: its weights are torchvision's, read from the file
+    `weights`, or from torch's cache without one. Fetching them is a choice of the user's, not of a report's.
     """
     if trunk not in LPIPS_TRUNKS:
         raise ValueError(f"got LPIPS trunk {trunk!r}, wanted one of {', '.join(LPIPS_TRUNKS)}")
+    name, file = f"lpips[{trunk}]", LPIPS_TRUNKS[trunk]
     cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
-    weights = cache / LPIPS_TRUNKS[trunk]
-    if not weights.is_file():
+    path = cache / file if weights is None else Path(weights)
+    if not path.is_file():
+        if weights is not None:
+            return Skipped(name, f"there is no file at {path}", f"give lpips_weights the path of torchvision's {file}")
         return Skipped(
-            f"lpips[{trunk}]",
-            f"the weights of its trunk are not at {weights.name} in torch's cache",
-            f"put torchvision's {weights.name} into $TORCH_HOME/hub/checkpoints",
+            name,
+            f"the weights of its trunk are not at {file} in torch's cache",
+            f"put torchvision's {file} into $TORCH_HOME/hub/checkpoints, or give its path as lpips_weights",
         )
-    import lpips  # imported here: it builds torchvision models and only this metric needs it
+    from stage1_tokenizer.losses import lpips_network  # imported here: losses are built on the metrics of this file
 
-    network = lpips.LPIPS(net=trunk, verbose=False).to(device).eval().requires_grad_(False)
+    network = lpips_network(trunk, path).to(device)
 
     def distance(images: Tensor, reference: Tensor) -> Tensor:
         _check_pair(images, reference)
@@ -133,7 +147,10 @@ def retrieval(
     candidate_captions: Sequence[str],
     ranks: Sequence[int] = (1, 5),
 ) -> Retrieval:
-    """Recall at R of captions by pictures: queries (Q, E), candidates (M, E), both unit vectors.
+    """Recall at R of captions by pictures: queries (Q, E) or (Q, P, E), candidates (M, E), all unit vectors.
+
+    Of a query's P vectors the best one counts (`similarities`). A query with a similarity that is not finite finds
+    nothing and tells nothing.
 
     A candidate is a hit if its words equal the query's caption: different pictures may share a caption word by word,
     and then either copy is right. Copies take one rank together. Ties in similarity count against the query (a constant
@@ -153,15 +170,23 @@ def retrieval(
     candidate_ids = torch.tensor([ids[caption] for caption in candidate_captions])
     query_ids = torch.tensor([ids.get(caption, -1) for caption in query_captions])
     hits = query_ids[:, None] == candidate_ids[None]  # (Q, M)
-    similarity = queries.float().cpu() @ candidates.float().cpu().T  # (Q, M)
+    similarity = similarities(queries.float().cpu(), candidates.float().cpu())  # (Q, M)
+    finite = similarity.isfinite().all(dim=1)  # (Q,)
+    similarity = similarity.where(finite[:, None], 0.0)  # NaN >= NaN is false: nothing would be ahead of the right one
     best_hit = similarity.masked_fill(~hits, -math.inf).amax(dim=1, keepdim=True)
     captions = similarity.new_full((len(queries), len(ids)), -math.inf)  # (Q, D) of the D different captions
     captions = captions.scatter_reduce(1, candidate_ids.expand(len(queries), -1), similarity, "amax")
     ahead = (captions >= best_hit).sum(dim=1) - 1  # (Q,) wrong captions that come first; - 1 is the right one itself
-    ahead = torch.where(hits.any(dim=1), ahead, torch.full_like(ahead, len(candidates)))
+    ahead = ahead.masked_fill(~finite | ~hits.any(dim=1), 2**31)  # never found, however many are looked at
     recall = {rank: (ahead < rank).float().mean().item() for rank in ranks}
     chance = _chance(hits.sum(dim=1), len(candidates), ranks)
     return Retrieval(recall, chance, *_information(similarity, hits), len(queries), len(candidates))
+
+
+def similarities(pictures: Tensor, texts: Tensor) -> Tensor:
+    """Scalar products (N, M) of pictures (N, E) and texts (M, E); of P vectors per picture, (N, P, E), the largest."""
+    products = pictures @ texts.T  # (N, M) or (N, P, M)
+    return products if products.ndim == 2 else products.amax(dim=1)
 
 
 def _information(similarity: Tensor, hits: Tensor) -> tuple[float, float]:

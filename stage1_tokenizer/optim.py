@@ -73,14 +73,56 @@ def orthogonalize(stack: Tensor, steps: int = 5, dtype: torch.dtype = torch.floa
     return x
 
 
+def planned_steps(trainer: Any, accumulate: int = 1) -> int | None:
+    """Optimizer steps that a fit will take; None where neither steps nor epochs limit it (say, `max_time` alone).
+
+    trainer: of Lightning, within `configure_optimizers`. accumulate: batches per step where the module itself adds
+    gradients up, which the trainer cannot know of; a window that the end of an epoch cuts short is a step as well.
+    """
+    planned = trainer.estimated_stepping_batches  # it reads the data, so that the number of batches is known below
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if accumulate > 1 and epochs not in (None, -1) and math.isfinite(batches):
+        by_epochs = math.ceil(batches / accumulate) * max(epochs, 1)
+        planned = by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
+    return int(planned) if math.isfinite(planned) and planned > 0 else None
+
+
+def configured_options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each parameter group was built with, `lr` before any schedule; for `restore_options`."""
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return [group | {"lr": group.get("initial_lr", group["lr"])} for group in groups]
+
+
+def restore_options(
+    optimizer: torch.optim.Optimizer, options: list[dict[str, Any]], schedule: torch.optim.lr_scheduler.LambdaLR | None
+) -> None:
+    """Give each parameter group its `configured_options` again, with the factor that `schedule` has reached on `lr`.
+
+    torch stores rates and weight decays in the states of optimizers and schedules, so that loading one undoes what a
+    resumed fit was configured with. Where nothing was changed, this changes nothing, to the last bit.
+    """
+    for index, (group, configured) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        group.update(configured)
+        if schedule is not None:
+            schedule.base_lrs[index] = configured["lr"]
+            group["lr"] = configured["lr"] * schedule.lr_lambdas[index](schedule.last_epoch)
+
+
 def warmup_flat_cosine(
-    step: int, total_steps: int, warmup_steps: int = 30, flat_fraction: float = 0.3, final_fraction: float = 0.01
+    step: int,
+    total_steps: int | None,
+    warmup_steps: int = 30,
+    flat_fraction: float = 0.3,
+    final_fraction: float = 0.01,
 ) -> float:
     """Factor on the learning rate at `step` of `total_steps`: linear warm-up, flat, then a cosine down to the end.
 
     `flat_fraction` of all steps passes before the cosine begins; `final_fraction` is the factor of the last step and of
-    every step after it. A run too short for its warm-up gives it at most a tenth of its steps.
+    every step after it. A run too short for its warm-up gives it at most a tenth of its steps. Without a known end
+    (`total_steps` None) the rate stays where the warm-up took it.
     """
+    if total_steps is None:
+        return min((step + 1) / (warmup_steps + 1), 1.0)
     if total_steps < 1:
         raise ValueError(f"got total_steps={total_steps}; a schedule needs at least 1 step")
     warmup = min(warmup_steps, total_steps // 10)

@@ -11,6 +11,7 @@ the gradient that pixels send, so that neither a loss weight nor the falling pix
 Letters: B batch, K latents, C latent channels, E embedding width, L text tokens, P prefix lengths in use.
 """
 
+import functools
 import math
 from contextlib import nullcontext
 
@@ -71,11 +72,19 @@ class TextTower(Spec, nn.Module):
         return width
 
 
+@functools.lru_cache(maxsize=256)
+def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """`values` as a long tensor (n,), kept: copying a list to a GPU in every step would make the step wait for it."""
+    with torch.inference_mode(False):  # a report may be the first to ask, and a loss indexes with it
+        return torch.tensor(values, device=device)
+
+
 class PrefixReader(Spec, nn.Module):
     """All prefixes of a latent line to unit vectors at once: z (B,K,C) -> (B,P,E) for the given lengths.
 
     Each position has its own small map; their running sum over positions is the state after k latents, so that every
-    prefix costs one row and the value for k cannot depend on later latents.
+    prefix costs one row and the value for k cannot depend on later latents. Each length also has a row of its own, which
+    is trained only if that length is: a prefix of any other length is read with the row of one that is (`prefix`).
     """
 
     def __init__(self, num_latents: int, latent_dim: int, width: int = 256, embed_dim: int = 128):
@@ -87,13 +96,19 @@ class PrefixReader(Spec, nn.Module):
         self.up, self.down = linear(width, 2 * width), linear(2 * width, width, zero=True)
         self.out = linear(width, embed_dim)
 
-    def forward(self, z: Tensor, lengths: list[int]) -> Tensor:
+    def forward(self, z: Tensor, lengths: list[int], rows: list[int] | None = None) -> Tensor:
+        """`rows`: the lengths whose rows are added, one for each of `lengths`; None: the same."""
         steps = self.position(z[:, : max(lengths)])  # (B,k,W)
-        at = torch.tensor([k - 1 for k in lengths], device=z.device)
-        x = steps.float().cumsum(1)[:, at] / torch.sqrt(at + 1.0)[:, None] + self.length[at]  # (B,P,W)
+        at = on_device(tuple(k - 1 for k in lengths), z.device)
+        row = at if rows is None else on_device(tuple(k - 1 for k in rows), z.device)
+        x = steps.float().cumsum(1)[:, at] / torch.sqrt(at + 1.0)[:, None] + self.length[row]  # (B,P,W)
         x = self.norm(x)
         x = x + self.down(F.relu(self.up(x)).square())
         return F.normalize(self.out(x).float(), dim=-1)  # (B,P,E)
+
+    def prefix(self, z: Tensor, row: int) -> Tensor:
+        """All latents of z (B,k,C) as one vector (B,E), with the row of length `row`."""
+        return self(z, [z.shape[1]], [row])[:, 0]
 
 
 class QueryReader(Spec, nn.Module):
@@ -111,9 +126,13 @@ class QueryReader(Spec, nn.Module):
         self.out = linear(width, embed_dim)
 
     def forward(self, z: Tensor, lengths: list[int]) -> Tensor:
-        at = torch.tensor([k - 1 for k in lengths], device=z.device)
+        at = on_device(tuple(k - 1 for k in lengths), z.device)
         x = self.norm(F.relu(self.position(z[:, : max(lengths)])[:, at].float()))  # (B,P,W)
         return F.normalize(self.out(x).float(), dim=-1)  # (B,P,E)
+
+    def prefix(self, z: Tensor, row: int) -> Tensor:
+        """The last latent of z (B,k,C) as a vector (B,E); says nothing if k < `row`, its map is not trained then."""
+        return self(z, [z.shape[1]])[:, 0]
 
 
 class SigmoidContrast(Spec, nn.Module):
@@ -151,7 +170,8 @@ class SoftmaxContrast(Spec, nn.Module):
 class MaxOverQueries(Spec, nn.Module):
     """BLIP-2's image-text contrast: the similarity of a picture and a caption is the best one over all queries.
 
-    forward as `SoftmaxContrast`, but all P entries of `image` compete and the result is (1,).
+    forward as `SoftmaxContrast`, but all P entries of `image` compete for one caption, the first of `text` (B,P,E),
+    and the result is (1,). A report has to let them compete as well: see `PrefixText.competing`.
     """
 
     def __init__(self, temperature: float = 14.0):
@@ -238,6 +258,12 @@ class PrefixText(Spec, nn.Module):
             raise ValueError(
                 f"reader.embed_dim is {reader.embed_dim} but the tower's is {tower.embed_dim}; make them equal."
             )
+        for name in ("rows", "context_length"):
+            if captioner is not None and getattr(captioner, name) != getattr(tower.vocabulary, name):
+                raise ValueError(
+                    f"captioner.{name} is {getattr(captioner, name)} but the tower's vocabulary has "
+                    f"{getattr(tower.vocabulary, name)}; make them equal."
+                )
         self.tower, self.reader, self.contrast = tower, reader, contrast
         self.lengths, self.every = sorted(lengths), every
         self.captioner, self.caption_weight = captioner, caption_weight
@@ -250,6 +276,22 @@ class PrefixText(Spec, nn.Module):
     def vocabulary(self) -> CaptionVocabulary:
         return self.tower.vocabulary
 
+    def embed(self, z: Tensor) -> Tensor:
+        """z (B,k,C) before standardisation, any k -> unit vectors (B,E), read at a length that is trained.
+
+        That is the longest of `lengths` within k. Fewer latents than the shortest of them are read with its row, all
+        the same: the map of each of these positions is trained, as a part of its sum.
+        """
+        row = max((n for n in self.lengths if n <= z.shape[1]), default=self.lengths[0])
+        return self.reader.prefix(z[:, :row], row)
+
+    def competing(self, k: int) -> list[int]:
+        """Prefixes whose vectors compete for a caption once k latents are there: k alone, except in `MaxOverQueries`.
+
+        There a picture is as near to a caption as the nearest of its first k latents, as in training.
+        """
+        return [n for n in self.lengths if n <= k] or [k] if isinstance(self.contrast, MaxOverQueries) else [k]
+
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """z (B,K,C), ids (B,L) or (B,M,L) -> {"text": weighted sum, "text_k<first length>": loss of the shortest}.
 
@@ -257,16 +299,22 @@ class PrefixText(Spec, nn.Module):
         """
         ids = ids[:, None] if ids.ndim == 2 else ids  # (B,M,L)
         batch, count = ids.shape[:2]
+        if count > 1 and isinstance(self.contrast, MaxOverQueries):
+            raise ValueError(
+                f"got {count} captions per picture, wanted one: MaxOverQueries has no prefixes to share them out among; "
+                "set captions_by_length to 1."
+            )
         which = [round(i * (count - 1) / max(1, len(self.lengths) - 1)) for i in range(len(self.lengths))]
         embedded = self.tower(ids.flatten(0, 1)).unflatten(0, (batch, count))  # (B,M,E)
         equal = (ids[:, None] == ids[None]).all(-1).permute(2, 0, 1)  # (M,B,B)
         image = self.reader(z, self.lengths)  # (B,P,E)
-        each = self.contrast(image, embedded[:, which], equal[which])  # (P,), or (1,) of all together
+        shared = on_device(tuple(which), ids.device)  # (P,)
+        each = self.contrast(image, embedded[:, shared], equal[shared])  # (P,), or (1,) of all together
         parts = {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}
         if self.captioner is not None:
             drawn = torch.multinomial(self.weights, batch, replacement=True)  # (B,) short prefixes more often
-            k = torch.tensor(self.lengths, device=z.device)[drawn]
-            target = ids[torch.arange(batch, device=z.device), torch.tensor(which, device=z.device)[drawn]]  # (B,L)
+            k = on_device(tuple(self.lengths), z.device)[drawn]
+            target = ids[torch.arange(batch, device=z.device), shared[drawn]]  # (B,L)
             nats = self.captioner(z, keep_mask(k, z.shape[1]), target)  # (B,L-1)
             parts["caption"] = self.caption_weight * nats.sum() / (target[:, 1:] != PAD).sum()
         return parts

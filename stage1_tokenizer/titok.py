@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.contract import Encoder
 from stage1_tokenizer.encoder import PatchTrunk
-from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, embedding
+from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, embedding, training_only
 
 
 class TiTokEncoder(Encoder):
@@ -26,17 +26,26 @@ class TiTokEncoder(Encoder):
         num_latents: K.
         depth: shared blocks, at least 1.
         heads: attention heads.
+        checkpointing: compute the blocks again in the backward pass instead of keeping their activations.
     forward(images, k=None) -> h (B,k,D), by default k = K.
     """
 
-    def __init__(self, trunk: PatchTrunk, num_latents: int = 16, depth: int = 3, heads: int = 2):
+    def __init__(
+        self,
+        trunk: PatchTrunk,
+        num_latents: int = 16,
+        depth: int = 3,
+        heads: int = 2,
+        checkpointing: bool = False,
+    ):
         super().__init__()
+        training_only(self, "checkpointing")
         if depth < 1:
             raise ValueError(f"got depth {depth}; wanted at least one block, or the latents never see the patches.")
         self.trunk, self.num_latents, self.width = trunk, num_latents, trunk.width
         self.queries = embedding(num_latents, trunk.width)
         self.mix = StaticMix(trunk.width, trunk.num_patches, num_latents)
-        self.blocks = nn.ModuleList(Block(trunk.width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(trunk.width, heads, checkpointing=checkpointing) for _ in range(depth))
         self.norm = LayerNorm(trunk.width)
         self.register_buffer("visible", prefix_mask(trunk.num_patches, num_latents), persistent=False)
         self.visible: Tensor
