@@ -92,7 +92,9 @@ class CaptionVocabulary(Spec, nn.Module):
         for row, caption in enumerate(captions):
             ids = self.line(caption, table)
             out[row, : len(ids)] = torch.tensor(ids)
-        out = out.to(self.row_of.device)
+        if self.row_of.is_cuda:
+            out = out.pin_memory()  # so that the step does not wait for it
+        out = out.to(self.row_of.device, non_blocking=True)
         return out, out != PAD  # (B,L), (B,L)
 
     def line(self, caption: str, table: list[int]) -> list[int]:

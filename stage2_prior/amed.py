@@ -23,7 +23,9 @@ from data.datamodule import LatentDataModule
 from stage2_prior.contract import Prior
 from stage2_prior.heads import FlowHead, HeadError
 from stage2_prior.prior import CausalPrior
+from stage2_prior.prior_data import askable
 from stage2_prior.samplers import Field, Midpoint, Solver, power_grid
+from stage2_prior.sweep import default_device
 
 
 class AMED(Solver):
@@ -35,12 +37,19 @@ class AMED(Solver):
         super().__init__(steps, power)
         self.where = nn.Parameter(torch.full((steps,), 0.5))
         self.scale = nn.Parameter(torch.ones(steps))
+        self.known: tuple[tuple[int, ...], list[tuple[float, float]]] = ((), [])
+
+    def places(self) -> list[tuple[float, float]]:
+        """(where, scale) of every interval as numbers, read from the device again only after they changed."""
+        version = (self.where.data_ptr(), self.where._version, self.scale.data_ptr(), self.scale._version)
+        if self.known[0] != version:
+            self.known = (version, list(zip(self.where.tolist(), self.scale.tolist(), strict=True)))
+        return self.known[1]
 
     def forward(
         self, field: Field, x: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:
-        places = zip(self.where.tolist(), self.scale.tolist(), strict=True)
-        for (t, s), (where, scale) in zip(pairwise(self.grid()), places, strict=True):
+        for (t, s), (where, scale) in zip(pairwise(self.grid()), self.places(), strict=True):
             middle = t - where * (t - s)
             x = x - (t - s) * scale * field(x - (t - middle) * field(x, t), middle)
         return x
@@ -75,6 +84,7 @@ def fit_amed(
     solver, teacher = AMED(steps).to(cond.device), Midpoint(steps=32)
     optimizer = torch.optim.Adam(solver.parameters(), lr=0.02)
     plan = head.plan(teacher.evaluations) if isinstance(head.solver, Midpoint) else None
+    trained = [p for p in head.parameters() if p.requires_grad]
     head.requires_grad_(False)
     for step in range(iterations):
         for group in optimizer.param_groups:
@@ -100,7 +110,8 @@ def fit_amed(
         optimizer.step()
         with torch.no_grad():
             solver.where.clamp_(0.05, 0.95)
-    head.requires_grad_(True)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return solver.requires_grad_(False)
 
 
@@ -110,16 +121,22 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--run_dir", type=Path, required=True, help="run with prior/ and latents/")
     parser.add_argument("--steps", type=int, default=4, help="evaluations of the head per latent, even")
     parser.add_argument("--lines", type=int, default=500, help="held-out lines whose condition rows are used")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=default_device(), help="cpu or cuda")
     options = parser.parse_args(arguments)
     if options.steps < 2 or options.steps % 2:
         parser.error(f"got --steps {options.steps}, wanted an even number of at least 2")
-    prior = Prior.from_pretrained(options.run_dir / "prior")
+    prior = Prior.from_pretrained(options.run_dir / "prior").to(options.device)
     if not isinstance(prior, CausalPrior) or not isinstance(prior.head, FlowHead):
         parser.error(f"{options.run_dir / 'prior'} has no flow head to distil on")
-    held = LatentDataModule(str(options.run_dir / "latents")).arrays("val", options.lines)
+    data = LatentDataModule(str(options.run_dir / "latents"))
+    info = data.latent_info
+    prior.check_space(info["num_latents"], info["latent_dim"], info["tokenizer_fingerprint"])
+    held, captions = askable(prior.words.ask, data.arrays("val", options.lines))
+    torch.manual_seed(options.seed)
     with torch.no_grad():
-        text = prior.encode_text([max(captions, key=len) for captions in held["captions"]])
-        cond = prior.conditions(held["latents"] + held["latents_std"] * torch.randn(held["latents"].shape), text)
+        z = held["latents"] + held["latents_std"] * torch.randn(held["latents"].shape)
+        cond = prior.conditions(z.to(options.device), prior.encode_text(captions))
     solver = fit_amed(prior.head, cond.flatten(0, 1), options.steps // 2)
     prior.head.solver = solver
     prior.spec["init_args"]["head"]["init_args"]["solver"] = solver.spec

@@ -98,6 +98,8 @@ class CaptioningPrior(CausalPrior):
         """Tokens (B,n,D), positions (n,) and mask of [null | start, line | ids], n = 2 + K + L."""
         order = self.order.permutation(len(z), self.num_latents, z.device, generator)
         line = self.latent_in(gather_line(z, order).float()).to(self.start.dtype)  # (B,K,D)
+        if self.target is not None:
+            line = line + self.target[order]  # which latent this is; as a context token it says which comes next
         words = self.words(ids) + self.spoken  # (B,L,D)
         null = self.words.weight[self.null].expand(len(z), 1, -1)
         x = torch.cat([null, self.start.expand(len(z), 1, -1), line, words], dim=1)

@@ -73,6 +73,10 @@ class Condition(nn.Module):
         """
         return *self.encode(captions), torch.tensor([not caption for caption in captions])
 
+    def ask(self, captions: list[str], label: int) -> str:
+        """What a sample with these captions and this label (-1: none) is asked for with; "" where nothing says so."""
+        return max(captions, key=len, default="")
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B,L), `null` among them -> rows (B,L,D)."""
         raise NotImplementedError
@@ -203,9 +207,17 @@ class ClassCondition(Spec, Condition):
         ids = torch.tensor([[self.label(caption)] for caption in captions], device=self.classes.weight.device)
         return ids, torch.ones_like(ids, dtype=torch.bool)
 
+    def ask(self, captions: list[str], label: int) -> str:
+        """The label's name, whatever the captions say."""
+        return list(self.label_of)[label] if 0 <= label < self.null else ""
+
     def encode_samples(self, captions: list[str], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels decide, whatever the captions say."""
+        """Labels decide, whatever the captions say. Raises ConditionError for one without a name (an IndexError, where
+        looking at it would wait for an accelerator)."""
+        if labels.device.type == "cpu" and int(labels.max()) >= self.null:
+            raise ConditionError(f"got the label {int(labels.max())}, wanted at most {self.null - 1}: one per name.")
         ids = labels.to(self.classes.weight.device)[:, None].clamp(min=0)
+        ids = torch.where(ids < self.null, ids, self.null + 1)  # never the null row by accident
         return ids, torch.ones_like(ids, dtype=torch.bool), labels < 0
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -223,6 +235,9 @@ class NoCondition(Spec, Condition):
         super().__init__()
         self.width = width
         self.nobody = embedding(width, std=WORD_STD)
+
+    def ask(self, captions: list[str], label: int) -> str:
+        return super().ask(captions, label) or "anything"
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         ids = torch.zeros(len(captions), 1, dtype=torch.long, device=self.nobody.device)

@@ -19,7 +19,7 @@ from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.conditions import Condition, TrainingData
-from stage2_prior.guidance import Guidance
+from stage2_prior.guidance import ALWAYS, Guidance
 
 FINGERPRINT_LENGTH = 16
 
@@ -187,7 +187,9 @@ class Prior(Spec, nn.Module):
     def encode_samples(self, captions: list[str], labels: Tensor) -> Text:
         """Captions of B training samples ("": none) and their labels (B,) (-1: none), null where they say nothing."""
         *text, silent = self.words.encode_samples(captions, labels)
-        return self.without_caption(self.trim(Text(*text)), silent.to(text[0].device))
+        if text[0].is_cuda and not silent.is_cuda:
+            silent = silent.pin_memory()  # so that the step does not wait for it
+        return self.without_caption(self.trim(Text(*text)), silent.to(text[0].device, non_blocking=True))
 
     @staticmethod
     def trim(text: Text) -> Text:
@@ -217,15 +219,15 @@ class Prior(Spec, nn.Module):
         """What a sampler asks with: text rows, the scale of every position, and the times at which guidance acts.
 
         Rows beyond the captions' own are their unconditional twins; there are none if no scale differs from 1, or if
-        all are 0 or the condition is constant (then the null word takes the caption's place). Raises PriorError for a
-        temperature out of range.
+        all are 0 at all times or the condition is constant (then the null word takes the caption's place). Raises
+        PriorError for a temperature out of range.
         """
         if not 0 <= temperature < float("inf"):
             raise PriorError(f"got temperature={temperature}, wanted a finite number of at least 0.")
         schedule = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         scales, text = schedule.scales(self.num_latents), self.encode_text(captions)
         nobody = self.without_caption(text, torch.ones(len(captions), dtype=torch.bool, device=text.ids.device))
-        if not any(scales) or self.words.constant:
+        if (not any(scales) and schedule.interval == ALWAYS) or self.words.constant:
             return self.trim(nobody), [1.0] * self.num_latents, schedule.interval
         if any(w != 1 for w in scales):
             text = Text(torch.cat([text.ids, nobody.ids]), torch.cat([text.text_mask, nobody.text_mask]))

@@ -159,6 +159,7 @@ def ddpm(
 class DDIM(Solver):
     """`ddim`: one evaluation a step."""
 
+    asks = "data"
     method = staticmethod(ddim)
 
     def __init__(self, steps: int = 50, power: float = 1.0):
@@ -167,6 +168,8 @@ class DDIM(Solver):
 
 class DDPM(Solver):
     """`ddpm`: one evaluation a step; `variance` from 0 (posterior) to 1 (forward step)."""
+
+    asks = "data"
 
     def __init__(self, steps: int = 100, power: float = 1.0, variance: float = 0.0):
         super().__init__(steps, power)

@@ -30,6 +30,8 @@ class DiffusionHead(SolverHead):
             solver must be one that injects noise, DDPM.
     """
 
+    answers_with = "data"
+
     def __init__(
         self,
         net: HeadNet,

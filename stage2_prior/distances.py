@@ -63,7 +63,7 @@ def distance_report(
     }
     rows, twins = same_caption_pairs(images, real)
     if len(rows) > MANY:
-        others = images.arrays("train")["images"][twins]
+        others = images.samples("train", twins)["images"]
         sets = {"real_real": features(others), "reconstruction_real": features(reconstruct(tokenizer, others))}
         by_guidance = {str(w): x[rows] for w, x in drawn.items()}
 

@@ -33,8 +33,9 @@ from stage1_tokenizer.report import Figure, Report, provenance
 from stage2_prior.captioning import captioning_report
 from stage2_prior.contract import LatentSpace, Prior
 from stage2_prior.distances import distance_report
+from stage2_prior.guidance import Guidance
 from stage2_prior.likelihood_report import classification_report, likelihood_report
-from stage2_prior.prior_data import CaptionSource, longest
+from stage2_prior.prior_data import CaptionSource, askable
 
 FEWEST = 20  # captions in a group that is told apart further
 
@@ -79,8 +80,8 @@ class GenerationReport:
             raise ValueError(f"got num_captions={num_captions}, batch_size={batch_size}; want at least 8 and 1.")
         if min(nll_lines, classify_lines) < 0:
             raise ValueError(f"got nll_lines={nll_lines}, classify_lines={classify_lines}; want at least 0 (none).")
-        self.guidances = sorted({*(guidances or [1.0, 1.5, 2.0, 3.0]), guidance, 1.0})
-        self.guidance, self.steps, self.num_captions, self.batch_size = guidance, steps, num_captions, batch_size
+        self.guidances = sorted({float(w) for w in (*(guidances or [1.0, 1.5, 2.0, 3.0]), guidance, 1.0)})
+        self.guidance, self.steps, self.num_captions, self.batch_size = float(guidance), steps, num_captions, batch_size
         self.images_dir, self.nll_lines, self.classify_lines, self.seed = images_dir, nll_lines, classify_lines, seed
 
     def write(self, prior: Prior, tokenizer: LatentSpace, data: CaptionSource, run_dir: Path) -> Path:
@@ -99,13 +100,15 @@ class GenerationReport:
                 f"the latents in {data.data_dir} and the pictures in {images.data_dir} are of different samples; write"
                 " the latents again with `python -m stage1_tokenizer predict`, or set images_dir."
             )
-        captions = [longest(c) for c in held["captions"]]
+        total = len(held["keys"])
+        (held, captions), (real, _) = askable(prior.words.ask, held), askable(prior.words.ask, real)
         with torch.enable_grad():
             classifier = report_classifier(images, run_dir)
         extractor = RandomConvFeatures() if classifier is None else classifier
         samples = {w: self.sample(prior, tokenizer, captions, w) for w in self.guidances}
 
-        metrics: dict[str, Any] = {"captions": len(captions), "features": extractor.feature_name, "seed": self.seed}
+        metrics: dict[str, Any] = {"captions": len(captions), "without_caption": total - len(captions)}
+        metrics |= {"features": extractor.feature_name, "seed": self.seed}
         metrics["latents"] = self.spread(samples, held)
         parts = held["latents"].to(device_of(prior)).split(self.batch_size)
         recon = torch.cat([tokenizer.decode(z).cpu() for z in parts])
@@ -147,7 +150,7 @@ class GenerationReport:
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
-    def sample(self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float) -> Samples:
+    def sample(self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float | Guidance) -> Samples:
         """Latents and pictures of all captions; matrix products in bfloat16 where that is fast."""
         device = device_of(prior)
         generator = torch.Generator(device=device).manual_seed(self.seed)

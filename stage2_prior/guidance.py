@@ -9,6 +9,8 @@ from torch import nn
 
 from stage1_tokenizer.spec import Spec
 
+ALWAYS = (0.0, 1.0)  # an interval: at all times
+
 
 class GuidanceError(ValueError):
     """A guidance scale or interval that makes no sense."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.flow import interpolate, logit_normal_times, v_from_noise, v_from_x, velocity
 from stage1_tokenizer.spec import Spec
+from stage2_prior.guidance import ALWAYS
 from stage2_prior.head_nets import HeadNet
-from stage2_prior.samplers import Midpoint, Solver
+from stage2_prior.samplers import Midpoint, Solver, check_solver
 
 
 class HeadError(ValueError):
@@ -61,7 +62,7 @@ class Head(Spec, nn.Module):
         uncond: Tensor | None = None,
         guidance: float = 1.0,
         *,
-        interval: tuple[float, float] = (0.0, 1.0),
+        interval: tuple[float, float] = ALWAYS,
         plan: Plan | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
@@ -70,17 +71,22 @@ class Head(Spec, nn.Module):
         raise NotImplementedError
 
 
-def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
-    """The condition rows that a guided step needs: cond, uncond or both. Raises HeadError if one is missing."""
+def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float, interval: tuple[float, float] = ALWAYS) -> Tensor:
+    """The condition rows that a guided step needs: cond, uncond or both. Raises HeadError if one is missing.
+
+    Without a condition (guidance 0) at all times, cond is not asked; at times outside a narrower interval it is.
+    """
     if guidance == 1.0:
         return cond
     if uncond is None:
         raise HeadError(f"got guidance={guidance} without unconditional rows, wanted them, or guidance=1.")
-    return uncond if guidance == 0.0 else torch.cat([cond, uncond])
+    return uncond if guidance == 0.0 and interval == ALWAYS else torch.cat([cond, uncond])
 
 
 class SolverHead(Head):
     """What heads share that walk from noise to a latent along their network's answers.
+
+    Raises SamplerError for a solver that asks for what the head does not answer with (`answers_with`).
 
     Args:
         net: the network, with latent width C and condition width D.
@@ -88,8 +94,11 @@ class SolverHead(Head):
         draws: draws of t per latent and training step.
     """
 
+    answers_with = "velocity"
+
     def __init__(self, net: HeadNet, solver: Solver, draws: int):
         super().__init__()
+        check_solver(solver, self.answers_with, type(self).__name__)
         if draws < 1:
             raise HeadError(f"got draws={draws}, wanted at least 1 draw of t per latent.")
         self.net, self.latent_dim, self.cond_dim = net, net.latent_dim, net.cond_dim
@@ -115,13 +124,13 @@ class SolverHead(Head):
         uncond: Tensor | None = None,
         guidance: float = 1.0,
         *,
-        interval: tuple[float, float] = (0.0, 1.0),
+        interval: tuple[float, float] = ALWAYS,
         plan: Plan | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         plan = self.plan() if plan is None else plan
-        rows = guided_rows(cond, uncond, guidance)
+        rows = guided_rows(cond, uncond, guidance, interval)
         condition = self.net.condition(rows)  # (M,·) or, guided, (2M,·)
         m, guided = len(cond), len(rows) > len(cond)
 
@@ -246,7 +255,7 @@ class MSEHead(Head):
         uncond: Tensor | None = None,
         guidance: float = 1.0,
         *,
-        interval: tuple[float, float] = (0.0, 1.0),
+        interval: tuple[float, float] = ALWAYS,
         plan: Plan | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,

@@ -19,9 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.datamodule import ImageDataModule
-from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage1_tokenizer.optim import MuonAdamW, parameter_groups, planned_steps, warmup_flat_cosine
+from stage2_prior.captioning import CaptioningPrior
 from stage2_prior.contract import LatentSpace, Prior, PriorError, Text, load_space
 from stage2_prior.generation import GenerationReport
+from stage2_prior.guidance import Guidance
 from stage2_prior.prior_data import CaptionSource, longest
 
 
@@ -49,7 +51,7 @@ class LitPrior(pl.LightningModule):
         warmup_steps: int = 30,
         flat_fraction: float = 0.3,
         long_captions: float = 0.75,
-        guidance: float = 2.0,
+        guidance: float | Guidance = 2.0,
         steps: int | None = None,
         temperature: float = 1.0,
         tokenizer_dir: str | None = None,
@@ -171,7 +173,7 @@ class LitPrior(pl.LightningModule):
         optimizer = MuonAdamW(
             parameter_groups(self.prior), lr=self.lr, matrix_lr=self.matrix_lr, weight_decay=self.weight_decay
         )
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        total = planned_steps(self.trainer)
 
         def factor(step: int) -> float:
             return warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)
@@ -193,11 +195,14 @@ class LitPrior(pl.LightningModule):
         generator = torch.Generator(device=self.device).manual_seed(batch_idx)
         mean, std = self.posterior(batch)
         z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
-        loss = self.prior.losses(z, self.text(batch, longest_share=1.0), generator)  # (B,K)
+        text = self.text(batch, longest_share=1.0)
+        loss = self.prior.losses(z, text, generator)  # (B,K)
         rows = len(loss)
         self.log("val/loss", loss.mean(), batch_size=rows, prog_bar=True, sync_dist=True)
         self.log("val/loss_first", loss[:, 0].mean(), batch_size=rows, sync_dist=True)
         self.log("val/loss_last", loss[:, -1].mean(), batch_size=rows, sync_dist=True)
+        if isinstance(self.prior, CaptioningPrior):
+            self.log("val/caption", self.prior.caption_losses(z, text).mean(), batch_size=rows, sync_dist=True)
 
     def text(self, batch: dict[str, Any], longest_share: float) -> Text:
         """One caption per sample, or its label; a sample that has none is trained without (the null word)."""
@@ -222,7 +227,8 @@ class LitPrior(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         captions = [c[0] for c in batch["captions"]]
-        generator = torch.Generator(device=self.device).manual_seed(torch.initial_seed() + batch_idx)
+        place = batch_idx * self.trainer.world_size + self.trainer.global_rank  # no two batches share their noise
+        generator = torch.Generator(device=self.device).manual_seed(torch.initial_seed() + place)
         z = self.prior.sample(captions, self.guidance, self.steps, self.temperature, generator)
         folder = self.run_dir / "images"
         pixels = ((self.tokenizer.decode(z, generator) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

@@ -112,7 +112,7 @@ class MaskedPrior(Prior):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """As `Prior.sample`; a guidance schedule runs over the number of latents already known."""
+        """As `Prior.sample`; of a guidance schedule, a set takes the mean over its places in the order."""
         text, scales, interval = self.guided_text(captions, guidance, temperature)
         m, device, plan = len(captions), text.ids.device, self.head.plan(steps)
         order = self.order.permutation(m, self.num_latents, device, generator)
@@ -127,7 +127,7 @@ class MaskedPrior(Prior):
             drawn = self.head.sample(
                 cond[: m * n],
                 cond[m * n :] if twins > 1 else None,
-                scales[done],
+                sum(scales[done : done + n]) / n,
                 interval=interval,
                 plan=plan,
                 temperature=temperature,

@@ -30,7 +30,7 @@ from stage2_prior.head_nets import TIME_FEATURES, time_features
 from stage2_prior.likelihood import half_step_times, ode_log_prob
 from stage2_prior.orders import noise_extended_blocks, noise_extended_mask
 from stage2_prior.prior import token_positions
-from stage2_prior.samplers import Midpoint, Solver
+from stage2_prior.samplers import Midpoint, Solver, check_solver
 
 
 class NoiseExtendedPrior(Prior):
@@ -66,6 +66,7 @@ class NoiseExtendedPrior(Prior):
             )
         self.backbone, self.copies = backbone, copies
         self.solver: Solver = Midpoint() if solver is None else solver
+        check_solver(self.solver, "velocity", type(self).__name__)
         width = backbone.width
         self.words = words
         self.latent_in = nn.Linear(latent_dim, width)
@@ -136,7 +137,7 @@ class NoiseExtendedPrior(Prior):
             noise = torch.randn(m, self.latent_dim, generator=generator, device=device) * temperature
             z_i = solver(field, noise, generator, temperature)
             line.append(z_i)
-            clean = self.latent_in(z_i).repeat(rows // m, 1)[:, None]
+            clean = self.latent_in(z_i).to(self.kind.dtype).repeat(rows // m, 1)[:, None]
             self.backbone(clean, positions[at : at + 1], sees_clean, cache)
         return torch.stack(line, dim=1)  # (B,K,C)
 
@@ -152,5 +153,5 @@ class NoiseExtendedPrior(Prior):
         return ode_log_prob(field, z.float(), steps)  # (B,K)
 
     def evaluations(self, steps: int | None = None) -> int:
-        """Evaluations of the whole transformer per latent."""
+        """Evaluations of the whole transformer per latent, without the run that reads the drawn one, as elsewhere."""
         return (self.solver if steps is None else self.solver.with_evaluations(steps)).evaluations

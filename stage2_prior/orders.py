@@ -11,6 +11,7 @@ Letters: B batch, K latents, L caption tokens, S noisy copies of each latent.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (sample, head, 
 
 class OrderError(ValueError):
     """An order that does not fit the latents or the prior it is for."""
+
+
+@lru_cache(maxsize=64)
+def fixed_order(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """The positions as a tensor, made once: sending it to an accelerator in every step would wait for the step."""
+    with torch.inference_mode(False):  # it may be asked for again where gradients are recorded
+        return torch.tensor(positions, device=device)
 
 
 class LearnedOrder(Spec, nn.Module):
@@ -38,7 +46,7 @@ class LearnedOrder(Spec, nn.Module):
         self, batch: int, num_latents: int, device: torch.device, generator: torch.Generator | None = None
     ) -> Tensor:
         """(B,K) long: row b's i-th entry is the position modelled as the i-th."""
-        return torch.tensor(self.positions(num_latents), device=device).expand(batch, -1)
+        return fixed_order(tuple(self.positions(num_latents)), device).expand(batch, -1)
 
 
 class ReversedOrder(LearnedOrder):

@@ -80,7 +80,8 @@ class CausalPrior(Prior):
         z = self.check_latents(z)
         order = self.order.permutation(len(z), self.num_latents, z.device, generator)  # (B,K)
         line = gather_line(z, order)
-        cond = self.line_conditions(line, self.drop_captions(text, generator), order, generator)  # (B,K,D)
+        said = self.drop_captions(text, generator)
+        cond = self.line_conditions(line, said, order, generator, noisy=self.training)  # (B,K,D)
         loss = self.head.loss(cond.flatten(0, 1), line.flatten(0, 1), generator).unflatten(0, z.shape[:2])
         return scatter_line(loss, order)  # (B,K)
 
@@ -90,12 +91,15 @@ class CausalPrior(Prior):
         return scatter_line(self.line_conditions(gather_line(z, order), text, order), order)  # (B,K,D)
 
     def line_conditions(
-        self, line: Tensor, text: Text, order: Tensor, generator: torch.Generator | None = None
+        self, line: Tensor, text: Text, order: Tensor, generator: torch.Generator | None = None, noisy: bool = False
     ) -> Tensor:
-        """Condition rows in the order of modelling, of a line (B,K,C) in that order -> (B,K,D)."""
+        """Condition rows in the order of modelling, of a line (B,K,C) in that order -> (B,K,D).
+
+        noisy: with the context noise of training, if there is any.
+        """
         context = line[:, :-1].float()
         sigma: Tensor | None = None
-        if self.training and self.noise_level is not None:
+        if noisy and self.noise_level is not None:
             sigma = self.context_noise * torch.rand(len(line), 1, 1, generator=generator, device=line.device)
             context = context + sigma * torch.randn(context.shape, generator=generator, device=line.device)
         tokens = self.latent_in(context)

@@ -4,10 +4,11 @@ A captions file has one caption per line; blank lines and lines that start with 
 batch entry like those of the latent shards (`captions`, `keys`), so that `predict` needs to know only one kind.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.datamodule import ImageDataModule, LatentDataModule, ShardDataModule
@@ -110,8 +111,22 @@ class PriorImageModule(CaptionSource, ImageDataModule):
 
 
 def longest(captions: list[str]) -> str:
-    """The caption that says most; of equally long ones the first."""
-    return max(captions, key=len)
+    """The caption that says most; of equally long ones the first; "" where there is none."""
+    return max(captions, key=len, default="")
+
+
+def askable(ask: Callable[[list[str], int], str], samples: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The samples of a batch that a prior can be asked for, as a batch, and what to ask.
+
+    ask: `Condition.ask`. Raises DataError where there are fewer than 8.
+    """
+    asked = [ask(captions, int(label)) for captions, label in zip(samples["captions"], samples["labels"], strict=True)]
+    rows = [i for i, caption in enumerate(asked) if caption.strip()]
+    if len(rows) < 8:
+        raise DataError(f"{len(rows)} of {len(asked)} held-out samples have a caption, wanted at least 8 to report on")
+    if len(rows) < len(asked):
+        samples = {n: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for n, v in samples.items()}
+    return samples, [asked[i] for i in rows]
 
 
 def read_captions(path: str) -> list[str]:

@@ -135,6 +135,7 @@ class Solver(Spec, nn.Module):
 
     method: Callable[[Field, Tensor, Grid], Tensor]
     per_step = 1
+    asks = "velocity"  # what its field must answer with; "data" of the samplers of a diffusion
 
     def __init__(self, steps: int, power: float):
         super().__init__()
@@ -166,10 +167,10 @@ class Solver(Spec, nn.Module):
 
     def with_evaluations(self, evaluations: int) -> "Solver":
         """The same method with another cost. Raises SamplerError if it cannot have exactly that many calls."""
-        if evaluations < self.per_step or evaluations % self.per_step:
+        if not isinstance(evaluations, int) or evaluations < self.per_step or evaluations % self.per_step:
             raise SamplerError(
-                f"got steps={evaluations}, wanted a positive multiple of {self.per_step}: {type(self).__name__} asks"
-                f" its network {self.per_step} times per interval."
+                f"got steps={evaluations}, wanted a positive whole multiple of {self.per_step}:"
+                f" {type(self).__name__} asks its network {self.per_step} times per interval."
             )
         return type(self)(**self.options() | {"steps": evaluations // self.per_step})
 
@@ -181,6 +182,15 @@ class Solver(Spec, nn.Module):
         self, field: Field, x: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:
         return type(self).method(field, x, self.grid())
+
+
+def check_solver(solver: Solver, asks: str, whose: str) -> None:
+    """Raises SamplerError unless `solver` asks its field for what the network of `whose` answers with."""
+    if solver.asks != asks:
+        raise SamplerError(
+            f"got the solver {type(solver).__name__}, which asks for {solver.asks}, with a {whose}, which answers with"
+            f" {asks}; wanted a solver of stage2_prior.{'samplers' if asks == 'velocity' else 'diffusion'}."
+        )
 
 
 class Euler(Solver):

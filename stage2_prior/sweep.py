@@ -11,6 +11,7 @@ The last table compares every cell with the one of most evaluations of the same 
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from stage1_tokenizer.report import Report, provenance
 from stage1_tokenizer.spec import build
 from stage2_prior.contract import Prior, load_space
 from stage2_prior.generation import GenerationReport, caption_groups, faithfulness
+from stage2_prior.guidance import ALWAYS, Guidance, GuidanceError
 from stage2_prior.heads import SolverHead
-from stage2_prior.prior_data import PriorDataModule, longest
-from stage2_prior.samplers import SamplerError, Solver
+from stage2_prior.prior_data import PriorDataModule, askable
+from stage2_prior.samplers import SamplerError, Solver, check_solver
 
 
 def sweep(
@@ -37,21 +39,24 @@ def sweep(
     batch_size: int,
     seeds: list[int],
     solvers: list[str],
+    schedule: str = "stage2_prior.guidance.Guidance",
+    interval: Sequence[float] = ALWAYS,
+    device: str = "cpu",
 ) -> Path:
     """Sample every combination and write run_dir/sweep; returns the page's path. Errors as `Prior.sample`."""
-    prior, tokenizer = Prior.from_pretrained(run_dir / "prior"), load_space(run_dir / "tokenizer")
+    prior, tokenizer = Prior.from_pretrained(run_dir / "prior").to(device), load_space(run_dir / "tokenizer", device)
     prior.check(tokenizer)
+    schedules = {w: schedule_of(schedule, w, interval) for w in guidances}
     methods = solvers_of(prior, solvers)
     for solver in methods.values():
         use(prior, solver)
         for n in steps:
             prior.evaluations(n)  # refuses what its solver cannot do before anything is sampled
-    held = PriorDataModule(str(run_dir / "latents")).arrays("val", num_captions)
+    held, captions = askable(prior.words.ask, PriorDataModule(str(run_dir / "latents")).arrays("val", num_captions))
     images = ImageDataModule(str(run_dir / "data"), image_size=tokenizer.image_size)
-    real = images.arrays("val", len(held["keys"]))
+    real, _ = askable(prior.words.ask, images.arrays("val", num_captions))
     if real["keys"] != held["keys"]:
         raise DataError(f"latents and pictures in {run_dir} are of different samples; write the latents again")
-    captions = [longest(c) for c in held["captions"]]
     classifier = report_classifier(images, run_dir)
     extractor = RandomConvFeatures() if classifier is None else classifier
     groups = None if classifier is None else caption_groups(classifier, images, real)
@@ -63,7 +68,7 @@ def sweep(
         for seed in seeds:
             sampler = GenerationReport(steps=n, num_captions=max(8, num_captions), batch_size=batch_size, seed=seed)
             with torch.inference_mode():
-                drawn = sampler.sample(prior, tokenizer, captions, w)
+                drawn = sampler.sample(prior, tokenizer, captions, schedules[w])
                 features = torch.cat([extractor.features(part) for part in drawn.images.split(batch_size)])
                 found = {"frechet": frechet_distance(reference, features)}
                 if classifier is not None and groups is not None:
@@ -78,7 +83,21 @@ def sweep(
         print(f"{name}  steps {n:3d}  guidance {w:4.2f}  Frechet {spread_text(cell, 'frechet', '.2f')}", flush=True)
     compare(cells)
     metrics = {"captions": len(captions), "features": extractor.feature_name, "seeds": seeds, "cells": cells}
+    metrics |= {"schedule": schedule, "interval": list(interval)}
     return page(cells, extractor.feature_name, len(captions), seeds).write(run_dir / "sweep", metrics)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def schedule_of(path: str, scale: float, interval: Sequence[float]) -> Guidance:
+    """The guidance of a class path. Raises SpecError or GuidanceError for what is none."""
+    low, high = interval
+    schedule = build({"class_path": path, "init_args": {"scale": scale, "low": low, "high": high}})
+    if not isinstance(schedule, Guidance):
+        raise GuidanceError(f"{path} is not a guidance; name a class of stage2_prior.guidance.")
+    return schedule
 
 
 def solvers_of(prior: Prior, paths: list[str]) -> dict[str, Solver | None]:
@@ -88,13 +107,15 @@ def solvers_of(prior: Prior, paths: list[str]) -> dict[str, Solver | None]:
     """
     if not paths:
         return {"own": None}
-    if not isinstance(getattr(prior, "head", None), SolverHead):
+    head = getattr(prior, "head", None)
+    if not isinstance(head, SolverHead):
         raise SamplerError(f"got --solvers for a {type(prior).__name__} without a head that solves; leave them out.")
     found: dict[str, Solver | None] = {}
     for path in paths:
         solver = build({"class_path": path, "init_args": {}})
         if not isinstance(solver, Solver):
             raise SamplerError(f"{path} is not a solver of a flow; name a class of stage2_prior.samplers.")
+        check_solver(solver, head.answers_with, type(head).__name__)
         found[type(solver).__name__] = solver
     return found
 
@@ -170,6 +191,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--solvers", nargs="+", default=[], metavar="CLASS", help="class paths of flow solvers (default: the prior's)"
     )
+    parser.add_argument(
+        "--schedule",
+        default="stage2_prior.guidance.Guidance",
+        metavar="CLASS",
+        help="how guidance runs along the line; the guidances are its largest scale",
+    )
+    parser.add_argument(
+        "--interval", type=float, nargs=2, default=list(ALWAYS), metavar=("LOW", "HIGH"), help="times at which it acts"
+    )
+    parser.add_argument("--device", default=default_device(), help="cpu or cuda")
     options = parser.parse_args(arguments)
     try:
         found = sweep(**vars(options))

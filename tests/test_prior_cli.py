@@ -325,6 +325,7 @@ def test_predict_makes_a_picture_of_every_caption(
 def test_two_ranks_write_one_listing(run_dir: Path, tmp_path: Path) -> None:
     run = shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("images"))
     captions = [f"a {size} {colour} circle" for size in ("small", "large") for colour in COLOURS]
+    captions += captions[:1] * 4  # the same caption on both ranks must not be the same picture
     (tmp_path / "captions.txt").write_text("\n".join(captions))
     file = tmp_path / "config.yaml"
     data = {"captions_file": str(tmp_path / "captions.txt"), "val_batch_size": 2}
@@ -342,6 +343,8 @@ def test_two_ranks_write_one_listing(run_dir: Path, tmp_path: Path) -> None:
     listing = json.loads((run / "images" / "captions.json").read_text())
     assert list(listing.values()) == captions and list(listing) == sorted(listing)
     assert sorted(p.name for p in (run / "images").iterdir()) == sorted([*listing, "captions.json"])
+    same = [(run / "images" / name).read_bytes() for name, caption in listing.items() if caption == captions[0]]
+    assert len(same) == len(set(same)) == 5
 
 
 def test_other_latents_are_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

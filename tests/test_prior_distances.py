@@ -44,6 +44,9 @@ class Pictures:
     def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
         return {"images": self.train[:limit]}
 
+    def samples(self, split: str, rows: list[int]) -> dict[str, Any]:
+        return {"images": self.train[rows]}
+
 
 class Blur(torch.nn.Module):
     """A tokenizer that loses what `keep` says."""

@@ -17,6 +17,7 @@ from stage2_prior.captioning import CaptioningPrior, captioning_report
 from stage2_prior.head_nets import HoistedNet
 from stage2_prior.heads import FlowHead, HeadError
 from stage2_prior.likelihood import caption_log_prob
+from stage2_prior.orders import LearnedOrder, RandomOrder
 from stage2_prior.prior import CausalPrior, PriorError
 from stage2_prior.samplers import Midpoint
 
@@ -24,7 +25,9 @@ K, C, D = 4, 2, 32
 CAPTIONS = ["a red circle", "a large blue square", "a cross above a small green star", "a yellow star"]
 
 
-def captioning_prior(caption_weight: float = 1.0, latent_weight: float = 1.0) -> CaptioningPrior:
+def captioning_prior(
+    caption_weight: float = 1.0, latent_weight: float = 1.0, order: LearnedOrder | None = None
+) -> CaptioningPrior:
     torch.manual_seed(0)
     vocabulary = CaptionVocabulary(rows=32, context_length=12)
     vocabulary.fit(CAPTIONS)
@@ -35,6 +38,7 @@ def captioning_prior(caption_weight: float = 1.0, latent_weight: float = 1.0) ->
         vocabulary,
         Backbone(D, 2, 2, max_tokens=40),
         head,
+        order=order,
         caption_weight=caption_weight,
         caption_share=1.0,
         latent_weight=latent_weight,
@@ -108,6 +112,28 @@ def test_latents_do_not_see_the_caption_after_them_and_words_do_not_see_later_wo
     assert (after[:, at:] - before[:, at:]).abs().amax(-1).min() > 1e-4
 
 
+def test_a_prior_of_random_order_is_told_which_latent_it_reads() -> None:
+    """Its mask and positions say when a latent came, not which it is."""
+    prior = captioning_prior(order=RandomOrder()).eval()
+    for parameter in prior.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    z = codes()
+    swapped = z[:, [1, 0, 2, 3]]
+
+    def tokens(line: Tensor) -> Tensor:
+        ids = prior.encode_text(CAPTIONS).ids
+        x, _, _ = prior.sequence(line, ids, torch.Generator().manual_seed(1))
+        return x[:, 2 : 2 + K].sum(1)
+
+    assert (tokens(z) - tokens(swapped)).abs().amax() < 1e-4  # the sum alone does not tell: control
+    one, other = (
+        prior.sequence(x, torch.ones(4, 1, dtype=torch.long), torch.Generator().manual_seed(1))[0] for x in (z, swapped)
+    )
+    distance = torch.cdist(one[:, 2 : 2 + K], other[:, 2 : 2 + K]).amin(-1)  # to the nearest token of the swapped line
+    assert ((distance > 1e-3).sum(1) == 2).all()
+
+
 def test_captioning_options_are_checked() -> None:
     vocabulary = CaptionVocabulary(rows=32, context_length=12)
     with pytest.raises(PriorError, match="at both ends"):
@@ -144,10 +170,14 @@ def ends(head: FlowHead, cond: Tensor, solver: Midpoint | AMED) -> Tensor:
 @pytest.mark.slow
 def test_a_distilled_solver_ends_nearer_to_many_steps_than_midpoint(taught: CaptioningPrior, tmp_path: Path) -> None:
     """On held-out noise, at the same cost; through the command, from an exported prior and latents."""
+    taught.bind(K, C, "0123456789abcdef")
     taught.save_pretrained(tmp_path / "prior")
     with LatentShardWriter(tmp_path / "latents", "val") as writer:
         for i in range(40):
             writer.write(f"{i:02d}", codes()[i % 4] + 0.2 * torch.randn(K, C), torch.zeros(K, C), [CAPTIONS[i % 4]], {})
+    write_latent_manifest(tmp_path / "latents", K, C, "fedcba9876543210")
+    with pytest.raises(PriorError, match="other weights or statistics"):
+        amed_main(["--run_dir", str(tmp_path)])
     write_latent_manifest(tmp_path / "latents", K, C, "0123456789abcdef")
     loaded = Prior.from_pretrained(amed_main(["--run_dir", str(tmp_path), "--steps", "4"]))
     assert isinstance(loaded, CaptioningPrior) and isinstance(loaded.head, FlowHead)
