@@ -128,6 +128,11 @@ class ShardDataModule(LightningDataModule):
         """Return a whole split, or its first `limit` samples, as one batch."""
         return self.split(split).first(limit)
 
+    def samples(self, split: str, rows: list[int]) -> dict[str, Any]:
+        """Return samples of a split by their numbers in stored order, as one batch."""
+        chosen = self.split(split)
+        return chosen.finish(chosen.stored(rows), torch.device("cpu"))
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches, from the place of a resumed checkpoint on."""
         self._order = self._make_order("train", self.batch_size, shuffle=True, drop_last=self.drop_last)
@@ -138,7 +143,7 @@ class ShardDataModule(LightningDataModule):
         return self._loader("train", self._order)
 
     def statistics_dataloader(self) -> DataLoader[Any]:
-        """Shuffled training batches, always the same, on any rank: of the first epoch, and never from a resumed place."""
+        """Shuffled training batches, the same on any rank and after any resume: those of the first epoch."""
         return self._loader("train", BatchOrder(len(self.split("train")), self.batch_size, self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -150,7 +155,7 @@ class ShardDataModule(LightningDataModule):
         return self._loader("val", BatchOrder(len(self.split("val")), self.val_batch_size, shuffle=False))
 
     def splits_to_predict(self) -> list[str]:
-        """Return the `predict_splits` that have samples: those of the loaders of `predict_dataloader`, in their order."""
+        """Return the `predict_splits` that have samples, in the order of the loaders of `predict_dataloader`."""
         counts = self.manifest()["counts"]
         return [split for split in self.predict_splits if counts.get(split)]
 
@@ -258,7 +263,8 @@ class ImageDataModule(ShardDataModule):
         shards: dict[str, Any] = self.manifest().get("shards", {})
         names = {name: stats for name, stats in shards.items() if name.startswith(f"{split}/")}
         if self._foreign():  # of tars without a manifest their names and sizes are known
-            names = {str(path): path.stat().st_size for path in self.split(split).reader.paths}
+            paths = self.split(split).reader.paths
+            names = {str(path.relative_to(self.data_dir)): path.stat().st_size for path in paths}
         facts = [names, self.image_size, self.val_fraction, self.flip, self.seed]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

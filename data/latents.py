@@ -24,7 +24,7 @@ from torch import Tensor
 from data.schema import LATENT_MEMBER, SCHEMA_VERSION, SPLITS, DataError, read_manifest, write_json
 from data.shards import ShardWriter
 
-SHARD_SIZE = 4000  # samples: some 20 MB of latents, and what an interrupted run loses at most
+SHARD_SIZE = 4000  # samples: some 20 MB of latents, and what each rank of an interrupted run loses at most
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class LatentShardWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             stem = path.name.split(".")[0]
-            if stem.isdigit() and int(stem) % world == rank and int(stem) not in finished:
+            stale = path.suffix == ".part" or (stem.isdigit() and int(stem) not in finished)
+            if stem.isdigit() and int(stem) % world == rank and stale:
                 path.unlink()
 
     def __enter__(self) -> LatentShardWriter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from data.datamodule import ImageDataModule
 from data.engines import processes, run
-from data.order import BatchOrder, permutation
+from data.order import BatchOrder, ShardOrder, permutation
 from data.prepare import PrepareConfig
 from data.schema import DataError
 from data.sources import SourceConfig
@@ -74,6 +75,53 @@ def test_ranks_stay_equal_when_the_last_samples_do_not_suffice() -> None:
     orders = [BatchOrder(9, 2, rank=r, world=4, shuffle=False) for r in range(4)]
     batches = [[len(batch.samples) for batch in order] for order in orders]
     assert batches == [[2, 1]] * 4  # the ninth sample goes to all four
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("total", [1, 5, 12, 103])
+def test_what_is_written_comes_exactly_once_on_any_ranks(total: int, world: int) -> None:
+    shards: dict[int, list[tuple[int, ...]]] = {}
+    for rank in range(world):
+        order = ShardOrder(total, 2, 5, rank, world)
+        assert len(order) == len(list(ShardOrder(total, 2, 5, 0, world))) >= len(list(order))
+        for batch in order:
+            shards.setdefault(batch.samples[0] // 5, []).append(batch.samples)
+    assert sorted(sample for batches in shards.values() for batch in batches for sample in batch) == list(range(total))
+    for number, batches in shards.items():  # the same batches as on one rank
+        assert batches == [b.samples for b in ShardOrder(total, 2, 5) if b.samples[0] // 5 == number]
+
+
+def test_finished_shards_are_left_out_also_when_they_are_named_late() -> None:
+    finished: set[int] = set()
+    order = ShardOrder(12, 2, 5, finished=finished)
+    batches = iter(order)
+    finished.update((0, 2))
+    assert [sample for batch in batches for sample in batch.samples] == [5, 6, 7, 8, 9]
+    with pytest.raises(DataError, match="shards of 0, wanted 1 or more"):
+        ShardOrder(12, 2, 0)
+
+
+class Ranks(SimpleNamespace):
+    """What a data module asks of its trainer."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        super().__init__(global_rank=rank, world_size=world, strategy=strategy, current_epoch=3)
+
+
+def test_reports_and_statistics_see_the_same_samples_on_any_ranks_and_after_a_restart(scenes: Path) -> None:
+    plain = ImageDataModule(str(scenes), 8, image_size=16)
+    seen = []
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        data = ImageDataModule(str(scenes), 8, image_size=16)
+        data.trainer = Ranks(rank, world)  # type: ignore[assignment]
+        data._resume = {"epoch": 3, "samples": 40, "batches": 5, "step": 8}
+        loaders = (data.test_dataloader(), data.statistics_dataloader())
+        seen.append([[key for batch in loader for key in batch["keys"]] for loader in loaders])
+        assert data.state_dict() == {}, "they are no place in the training order"
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][0] == plain.arrays("val")["keys"]
+    assert sorted(seen[0][1]) == sorted(plain.arrays("train")["keys"])
 
 
 @pytest.mark.parametrize("before", [1, 2, 4])
