@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.layers import Block, LayerNorm, Linears, causal_mask, embedding
+from stage1_tokenizer.layers import Block, LayerNorm, Linears, causal_mask, decayed, embedding
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.vocabulary import END, PAD, START
 
@@ -47,7 +47,7 @@ class PrefixCaptioner(Spec, nn.Module):
         self.nothing = embedding(1, width)  # always visible, so that an empty prefix has something to attend to
         self.blocks = nn.ModuleList(Block(width, heads, cross=True) for _ in range(depth))
         self.norm = LayerNorm(width)
-        self.out = nn.Linear(width, rows)
+        self.out = decayed(nn.Linear(width, rows))
         self.register_buffer("causal", causal_mask(context_length), persistent=False)
         self.causal: Tensor
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.contract import Bottleneck
-from stage1_tokenizer.layers import Linears
+from stage1_tokenizer.layers import Linears, decayed
 
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class VQBottleneck(Bottleneck):
         self.commitment, self.weight = commitment, weight
         self.bits_per_latent = math.log2(codes)
         self.project = Linears(num_latents, width, latent_dim)
-        self.basis = nn.Linear(latent_dim, latent_dim, bias=False)
+        self.basis = decayed(nn.Linear(latent_dim, latent_dim, bias=False))
         nn.init.eye_(self.basis.weight)
         self.register_buffer("codes", torch.randn(codes, latent_dim))
         self.codes: Tensor

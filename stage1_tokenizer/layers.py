@@ -101,7 +101,8 @@ class QKNorm(nn.Module):
         self.gain = nn.Parameter(torch.ones(heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:]) * self.gain.to(x.dtype)  # (B,H,n,d)
+        # CUDA's autocast normalises in float32; q, k and v must leave in one dtype, the cache's.
+        return (F.rms_norm(x, x.shape[-1:]) * self.gain.to(x.dtype)).to(x.dtype)  # (B,H,n,d)
 
 
 class Attention(nn.Module):
@@ -156,9 +157,7 @@ class Block(nn.Module):
     With `checkpointing`, training keeps only the inputs of the block and computes the rest again in the backward pass.
     """
 
-    def __init__(
-        self, width: int, heads: int, cross: bool = False, expansion: int = 4, checkpointing: bool = False
-    ):
+    def __init__(self, width: int, heads: int, cross: bool = False, expansion: int = 4, checkpointing: bool = False):
         super().__init__()
         self.checkpointing = checkpointing
         self.self_norm, self.self_attention = LayerNorm(width), Attention(width, heads)

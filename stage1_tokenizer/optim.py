@@ -151,7 +151,7 @@ class MuonAdamW(torch.optim.Optimizer):
         matrix_lr: float = 0.012,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
-        weight_decay: float = 0.01,
+        weight_decay: float = 0.0,
         momentum: float = 0.95,
         matrix_weight_decay: float = 0.0,
         adamw_clip: float = 1.0,

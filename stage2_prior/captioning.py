@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.layers import embedding
+from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.vocabulary import END, PAD, START, CaptionVocabulary
 from stage2_prior.backbone import Backbone
 from stage2_prior.conditions import WORD_STD, CaptionWords, Condition
@@ -73,7 +73,7 @@ class CaptioningPrior(CausalPrior):
             raise PriorError(f"got caption_share={caption_share}, wanted a share above 0 and up to 1.")
         self.caption_weight, self.caption_share, self.latent_weight = caption_weight, caption_share, latent_weight
         self.spoken = embedding(backbone.width, std=WORD_STD)  # says that a word is one of the trailing caption
-        self.next_word = nn.Linear(backbone.width, vocabulary.rows)
+        self.next_word = decayed(nn.Linear(backbone.width, vocabulary.rows))
         nn.init.zeros_(self.next_word.weight)
 
     def objective(self, z: Tensor, text: Text, generator: torch.Generator | None = None) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.layers import embedding
+from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.open_clip_tower import OpenClipTower
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text import TextTower
@@ -134,7 +134,7 @@ class TextTowerCondition(Spec, Condition):
         self.width, self.context_length = width, tower.vocabulary.context_length
         self.null = tower.vocabulary.rows
         self.tower = tower.requires_grad_(False)
-        self.into = nn.Linear(tower.token_width, width)
+        self.into = decayed(nn.Linear(tower.token_width, width))
         nn.init.normal_(self.into.weight, std=WORD_STD * tower.token_width**-0.5)
         self.nobody = embedding(width, std=WORD_STD)
 

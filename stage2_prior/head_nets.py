@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.layers import linear
+from stage1_tokenizer.layers import decayed, linear
 from stage1_tokenizer.spec import Spec
 
 TIME_FEATURES = 64
@@ -76,9 +76,9 @@ class HeadNet(Spec, nn.Module):
         super().__init__()
         self.latent_dim, self.cond_dim, self.width, self.depth = latent_dim, cond_dim, width, depth
         self.answers = answers
-        self.embed = nn.Linear(latent_dim, width)
+        self.embed = decayed(nn.Linear(latent_dim, width))
         self.blocks = nn.ModuleList(Branch(width) for _ in range(depth))
-        self.out = nn.Linear(width, answers * latent_dim)
+        self.out = decayed(nn.Linear(width, answers * latent_dim))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -101,8 +101,8 @@ class AdaLNNet(HeadNet):
 
     def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3, answers: int = 1):
         super().__init__(latent_dim, cond_dim, width, depth, answers)
-        self.time_in, self.time_out = nn.Linear(TIME_FEATURES, width), nn.Linear(width, width)
-        self.cond_in = nn.Linear(cond_dim, width)
+        self.time_in, self.time_out = decayed(nn.Linear(TIME_FEATURES, width)), decayed(nn.Linear(width, width))
+        self.cond_in = decayed(nn.Linear(cond_dim, width))
         self.modulate = nn.Linear(width, (3 * depth + 2) * width)
         nn.init.zeros_(self.modulate.weight)
         nn.init.zeros_(self.modulate.bias)
@@ -127,9 +127,9 @@ class TabulatedNet(HeadNet):
 
     def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int, answers: int, cond_parts: int):
         super().__init__(latent_dim, cond_dim, width, depth, answers)
-        self.time_in = nn.Linear(TIME_FEATURES, width)
+        self.time_in = decayed(nn.Linear(TIME_FEATURES, width))
         self.time_out = nn.Linear(width, (3 * depth + 2) * width)
-        self.cond_in = nn.Linear(cond_dim, cond_parts * width)
+        self.cond_in = decayed(nn.Linear(cond_dim, cond_parts * width))
         for layer in (self.time_out, self.cond_in):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.time_out.weight)

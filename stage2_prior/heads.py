@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.flow import interpolate, logit_normal_times, v_from_noise, v_from_x, velocity
+from stage1_tokenizer.layers import decayed
 from stage1_tokenizer.spec import Spec
 from stage2_prior.guidance import ALWAYS
 from stage2_prior.head_nets import HeadNet
@@ -239,7 +240,7 @@ class MSEHead(Head):
         if sigma < 0:
             raise HeadError(f"got sigma={sigma}, wanted 0 or a positive standard deviation.")
         self.latent_dim, self.cond_dim, self.sigma = latent_dim, cond_dim, sigma
-        self.net = nn.Sequential(nn.Linear(cond_dim, width), nn.SiLU(), nn.Linear(width, latent_dim))
+        self.net = nn.Sequential(decayed(nn.Linear(cond_dim, width)), nn.SiLU(), decayed(nn.Linear(width, latent_dim)))
 
     def loss(self, cond: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return (self.net(cond).float() - target.float()).square().mean(-1)  # (M,)

@@ -33,7 +33,7 @@ class LitPrior(pl.LightningModule):
     Args:
         prior: the network.
         lr, matrix_lr: learning rates of AdamW and of Muon (block matrices).
-        weight_decay: of AdamW, on the parameters marked for it.
+        weight_decay: of AdamW, on the parameters marked for it: linear maps outside the blocks.
         warmup_steps, flat_fraction: of the schedule (`optim.warmup_flat_cosine`).
         long_captions: share of training samples that use their longest caption; the others draw one of all.
         guidance, steps, temperature: of `predict`; see `Prior.sample`.
@@ -47,7 +47,7 @@ class LitPrior(pl.LightningModule):
         prior: Prior,
         lr: float = 2e-3,
         matrix_lr: float = 0.02,
-        weight_decay: float = 0.01,
+        weight_decay: float = 0.0,
         warmup_steps: int = 30,
         flat_fraction: float = 0.3,
         long_captions: float = 0.75,

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.layers import embedding
+from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
 from stage2_prior.cast_once import cast_once
@@ -67,7 +67,7 @@ class MaskedPrior(Prior):
         self.backbone, self.head, self.sets = backbone, head, sets
         self.order = RandomOrder() if order is None else order
         self.words = words
-        self.latent_in = nn.Linear(latent_dim, backbone.width)
+        self.latent_in = decayed(nn.Linear(latent_dim, backbone.width))
         self.hidden = embedding(backbone.width, std=WORD_STD)  # the token of a latent that is not known yet
         self.word_sum = WordSum(words) if word_sum else None
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.flow import interpolate, logit_normal_times, velocity
-from stage1_tokenizer.layers import embedding
+from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
 from stage2_prior.cast_once import cast_once
@@ -69,11 +69,11 @@ class NoiseExtendedPrior(Prior):
         check_solver(self.solver, "velocity", type(self).__name__)
         width = backbone.width
         self.words = words
-        self.latent_in = nn.Linear(latent_dim, width)
-        self.noisy_in = nn.Linear(latent_dim, width)
+        self.latent_in = decayed(nn.Linear(latent_dim, width))
+        self.noisy_in = decayed(nn.Linear(latent_dim, width))
         self.kind = embedding(width, std=WORD_STD)  # says that a token is a noisy copy
-        self.time_in, self.time_out = nn.Linear(TIME_FEATURES, width), nn.Linear(width, width)
-        self.out = nn.Linear(width, latent_dim)
+        self.time_in, self.time_out = decayed(nn.Linear(TIME_FEATURES, width)), decayed(nn.Linear(width, width))
+        self.out = decayed(nn.Linear(width, latent_dim))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

@@ -16,7 +16,7 @@ Letters: B batch, K latents, C latent channels, L caption tokens, D width, R row
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.layers import embedding
+from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone, Cache
 from stage2_prior.cast_once import cast_once
@@ -68,7 +68,7 @@ class CausalPrior(Prior):
         self.order.positions(num_latents)  # raises if the order is for another line
         self.words = words
         self.start = embedding(backbone.width, std=WORD_STD)
-        self.latent_in = nn.Linear(latent_dim, backbone.width)
+        self.latent_in = decayed(nn.Linear(latent_dim, backbone.width))
         # Where the order varies, a token must be told which position comes next; where it is fixed, its place says so.
         self.target = embedding(num_latents, backbone.width, std=WORD_STD) if self.order.varies else None
         self.noise_level = embedding(backbone.width) if context_noise else None

@@ -1,6 +1,7 @@
 """The optimizer agrees with torch's own Muon and AdamW, keeps its state, and the schedule has the promised shape."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer import optim
-from stage1_tokenizer.optim import MuonAdamW, orthogonalize, parameter_groups, warmup_flat_cosine
+from stage1_tokenizer.optim import (
+    MuonAdamW,
+    configured_options,
+    orthogonalize,
+    parameter_groups,
+    planned_steps,
+    restore_options,
+    warmup_flat_cosine,
+)
 
 
 def network(seed: int = 0) -> nn.ParameterDict:
@@ -157,8 +166,55 @@ def test_schedule_warms_up_stays_flat_and_falls_to_its_end() -> None:
     assert factors[650] == pytest.approx(0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 350 / 699)))
     assert factors[999] == factors[1000] == pytest.approx(0.01)
     assert warmup_flat_cosine(0, 5) == 1.0  # too short for a warm-up
+    assert [warmup_flat_cosine(step, None, 3) for step in (0, 1, 3, 10**9)] == [0.25, 0.5, 1.0, 1.0]  # no known end
     with pytest.raises(ValueError, match="at least 1 step"):
         warmup_flat_cosine(0, 0)
+
+
+@pytest.mark.parametrize("lr", [1e-2, 3e-2])
+def test_configured_rates_come_back_after_a_state_was_loaded(lr: float) -> None:
+    def build(lr: float, decay: float) -> tuple[MuonAdamW, torch.optim.lr_scheduler.LambdaLR]:
+        optimizer = MuonAdamW(parameter_groups(network()), lr=lr, matrix_lr=0.7 * lr, weight_decay=decay)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_flat_cosine(step, 200))
+
+    first, schedule = build(1e-2, 0.01)
+    for _ in range(7):
+        first.step()
+        schedule.step()
+    second, resumed = build(lr, 0.2)
+    options = configured_options(second)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    restore_options(second, options, resumed)
+    factor = warmup_flat_cosine(7, 200)
+    assert [group["lr"] for group in second.param_groups] == [0.7 * lr * factor, lr * factor, lr * factor]
+    assert [group["weight_decay"] for group in second.param_groups] == [0.0, 0.2, 0.0]
+    if lr == 1e-2:  # to the last bit
+        assert [group["lr"] for group in second.param_groups] == [group["lr"] for group in first.param_groups]
+    second.step()
+    resumed.step()
+    assert second.param_groups[1]["lr"] == lr * warmup_flat_cosine(8, 200)
+
+
+@pytest.mark.parametrize(
+    ("estimated", "batches", "epochs", "steps", "accumulate", "planned"),
+    [
+        (80, 10, 8, -1, 1, 80),
+        (80, 10, 8, -1, 4, 24),  # 4 + 4 + 2 in each epoch
+        (50, 10, 8, 50, 4, 24),
+        (20, 10, 8, 20, 4, 20),
+        (30, math.inf, -1, 30, 4, 30),
+        (math.inf, math.inf, -1, -1, 1, None),
+        (-1, math.inf, 8, -1, 1, None),  # Lightning's answer for batches that it cannot count
+    ],
+)
+def test_the_number_of_steps_knows_epochs_and_accumulation(
+    estimated: float, batches: float, epochs: int, steps: int, accumulate: int, planned: int | None
+) -> None:
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=estimated, num_training_batches=batches, max_epochs=epochs, max_steps=steps
+    )
+    assert planned_steps(trainer, accumulate) == planned
 
 
 def test_bad_groups_and_rates_are_refused() -> None:
