@@ -36,12 +36,33 @@ TRAINING_BYTES = 2**31  # of pictures in memory while a classifier is trained
 HELD_BACK = 2000  # training pictures set aside for the stopping decision
 
 
+class Pictures(Protocol):
+    """The samples of a split: how many there are, and any of them as one batch."""
+
+    def __len__(self) -> int: ...
+
+    def stored(self, samples: list[int]) -> dict[str, Any]: ...
+
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]: ...
+
+
 class PictureData(Protocol):
-    """What a report asks of a data module: whole splits as tensors and lists, and where they lie on disk."""
+    """What a report asks of a data module: the samples of a split, and where they lie on disk."""
 
     data_dir: str
 
-    def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]: ...
+    def split(self, split: str) -> Pictures: ...
+
+
+def draw_training(datamodule: PictureData, limit: int, seed: int) -> dict[str, Any]:
+    """`limit` training samples (all, if there are no more) as one batch, drawn and ordered at random by `seed`.
+
+    Stored order would not do, neither for a part of the split nor for a part of the batch: pictures from class folders
+    lie class by class, and the first of them are of a few classes only.
+    """
+    pictures = datamodule.split("train")
+    rows = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:limit]
+    return pictures.finish(pictures.stored(rows.tolist()), torch.device("cpu"))
 
 
 def _conv(n_in: int, n_out: int, stride: int = 1, kernel: int = 3, pool: int = 1) -> nn.Sequential:
@@ -186,7 +207,8 @@ def fit_classifier(
 ) -> float:
     """Train in place on `data` (fields of a data module's batch, whole split); returns the set-aside accuracy.
 
-    The schedule follows steps or seconds, whichever is further on, so a slow machine ends with a low rate as well.
+    The pictures set aside are drawn at random: where classes lie one after another, both parts have all of them. The
+    schedule follows steps or seconds, whichever is further on, so a slow machine ends with a low rate as well.
     """
     images, targets = data["images"], classifier.targets(data)
     held_back = min(HELD_BACK, len(images) // 5)
@@ -194,6 +216,8 @@ def fit_classifier(
     if num_train < 1 or held_back < 1:
         raise ValueError(f"got {len(images)} pictures to train a classifier on, wanted 5 or more; prepare more data")
     generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(images), generator=generator)
+    aside, trained = drawn[:held_back], drawn[held_back:]
     classifier.to(device)
     classifier.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=budget.learning_rate, weight_decay=0.02)
@@ -206,7 +230,7 @@ def fit_classifier(
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * max(min(progress / 0.2, (1 - progress) / 0.8), 0.01)
         if len(order) < budget.batch_size:
-            order = torch.cat([order, torch.randperm(num_train, generator=generator)])
+            order = torch.cat([order, trained[torch.randperm(num_train, generator=generator)]])
         chosen, order = order[: budget.batch_size], order[budget.batch_size :]
         x = classifier.augment(images[chosen].to(device), generator).to(memory_format=torch.channels_last)
         y = targets[chosen].to(device)
@@ -220,7 +244,7 @@ def fit_classifier(
         optimizer.step()
         ended = progress >= 1 or step == budget.steps
         if ended or step % budget.check_every == 0:
-            accuracy = slot_accuracy(classifier, images[num_train:], targets[num_train:], device)["all"]
+            accuracy = slot_accuracy(classifier, images[aside], targets[aside], device)["all"]
             elapsed = time.monotonic() - start
             left = "" if ended else f", at most {elapsed * (1 / progress - 1):.0f} s left"
             bar.clear()
@@ -270,11 +294,11 @@ def report_classifier(
     kept = load_classifier(folder, fingerprint)
     if kept is not None:
         return kept.to(device)
-    probe = datamodule.arrays("train", limit=64)
+    probe = draw_training(datamodule, 64, seed)
     has_attributes = all(probe["attributes"])
     if not has_attributes and int(probe["labels"].min()) < 0:
         return None
-    data = datamodule.arrays("train", limit=_training_limit(probe["images"]))
+    data = draw_training(datamodule, _training_limit(probe["images"]), seed)
     classifier: Classifier
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(seed)

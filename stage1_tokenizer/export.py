@@ -16,12 +16,16 @@ from stage1_tokenizer.spec import build
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
+CARD = "README.md"
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def save_module(module: nn.Module, folder: str | Path, card: str | None = None) -> Path:
-    """Write `module` (a Spec) to `folder`; the weights file is written whole before it gets its name."""
+    """Write `module` (a Spec) to `folder`; the weights file is written whole before it gets its name.
+
+    Without a `card`, a module that was loaded keeps the one of the folder that it came from, whatever was done to it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
@@ -31,7 +35,9 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     config = {"format": FORMAT, "library": "unspool", **module.spec}  # type: ignore[dict-item]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     name = type(module).__name__
-    (folder / "README.md").write_text(card or f"---\nlibrary_name: unspool\n---\n# {name}\n\nExported by Unspool.\n")
+    card = card or getattr(module, "loaded_card", None)
+    stub = f"---\nlibrary_name: unspool\n---\n# {name}\n\nExported by Unspool.\n"
+    (folder / CARD).write_text(card or stub, encoding="utf-8")
     return folder
 
 
@@ -39,7 +45,7 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None) -> 
     """The module in a folder or Hub repository, in eval mode. Errors as `Tokenizer.from_pretrained`."""
     folder = Path(path)
     if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        folder = Path(huggingface_hub.snapshot_download(str(path), revision=revision, allow_patterns=list(FILES)))
+        folder = Path(huggingface_hub.snapshot_download(str(path), revision=revision, allow_patterns=[*FILES, CARD]))
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -63,6 +69,8 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None) -> 
             "the two files are not from one export."
         )
     module.load_state_dict(tensors, strict=True)
+    if (folder / CARD).is_file():
+        module.loaded_card = (folder / CARD).read_text("utf-8", "replace")  # type: ignore[assignment]
     return module.eval()
 
 

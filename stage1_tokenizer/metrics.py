@@ -185,8 +185,8 @@ def retrieval(
 
 def similarities(pictures: Tensor, texts: Tensor) -> Tensor:
     """Scalar products (N, M) of pictures (N, E) and texts (M, E); of P vectors per picture, (N, P, E), the largest."""
-    products = pictures @ texts.T  # (N, M) or (N, P, M)
-    return products if products.ndim == 2 else products.amax(dim=1)
+    vectors = (pictures,) if pictures.ndim == 2 else pictures.unbind(dim=1)  # P of (N, E)
+    return functools.reduce(torch.maximum, (each @ texts.T for each in vectors))
 
 
 def _information(similarity: Tensor, hits: Tensor) -> tuple[float, float]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stage1_tokenizer.metrics import similarities
+
 TEXT_BATCH = 256
 CAPTIONS_PER_CLASS = 50
 
@@ -73,8 +75,11 @@ def embed_prefixes(space: TextSpace, z: Tensor, lengths: Sequence[int], batch_si
 def nearest_captions(
     prefixes: Mapping[int, Tensor], text: Tensor, captions: Sequence[str], num: int
 ) -> list[dict[int, str]]:
-    """For each of the first `num` pictures, the caption that the first k latents are nearest to, by k."""
-    nearest = {k: (vectors[:num] @ text.T).argmax(dim=1).tolist() for k, vectors in prefixes.items()}
+    """For each of the first `num` pictures, the caption that the first k latents are nearest to, by k.
+
+    Prefixes are vectors (N, E), or (N, P, E) of which the nearest counts, and so in `zero_shot`.
+    """
+    nearest = {k: similarities(vectors[:num], text).argmax(dim=1).tolist() for k, vectors in prefixes.items()}
     return [{k: captions[rows[i]] for k, rows in nearest.items()} for i in range(min(num, len(captions)))]
 
 
@@ -95,6 +100,6 @@ def zero_shot(
     means = torch.stack([F.normalize(embed_captions(space, texts).mean(dim=0), dim=0) for texts in prompts.values()])
     classes = torch.tensor(list(prompts))
     return {
-        k: (classes[(vectors @ means.T).argmax(dim=1)] == labels.cpu()).double().mean().item()
+        k: (classes[similarities(vectors, means).argmax(dim=1)] == labels.cpu()).double().mean().item()
         for k, vectors in prefixes.items()
     }

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from stage1_tokenizer import reconstruction_page
 from stage1_tokenizer.attributes import LETTER
-from stage1_tokenizer.classifier import Classifier, PictureData, accuracy_by_slot, report_classifier
+from stage1_tokenizer.classifier import Classifier, PictureData, accuracy_by_slot, draw_training, report_classifier
 from stage1_tokenizer.frechet import (
     FeatureExtractor,
     RandomConvFeatures,
@@ -94,6 +94,7 @@ def reconstruction_report(
     probe_images: int = 5_000,
     baseline: Mapping[str, Any] | None = None,
     lpips_trunk: str = "alex",
+    lpips_weights: str | None = None,
     inception_weights: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -105,9 +106,10 @@ def reconstruction_report(
         limit: held-out pictures to measure, the first ones.
         probe_images: training pictures for the linear probes.
         baseline: content of metrics.json of the same run without text losses; the page then shows what text costs.
-        lpips_trunk: "alex", "vgg" or "squeeze"; left out by name where its weights are not cached.
+        lpips_trunk: "alex", "vgg" or "squeeze".
+        lpips_weights: path of torchvision's weights of that trunk, None: in torch's cache; left out by name without.
         inception_weights: path of FID's Inception weights; left out by name without.
-        seed: of the classifier, PCA's first directions and a stochastic decoder's noise.
+        seed: of the draw of training pictures, the classifier, PCA's first directions and a stochastic decoder's noise.
 
     Returns:
         The content of metrics.json; entries by prefix length are dictionaries {k: value}.
@@ -118,12 +120,12 @@ def reconstruction_report(
     skipped: list[Skipped] = []
 
     print("report: principal components, classifier, then the held-out pictures and the probes", flush=True)
-    train = datamodule.arrays("train", limit=max(limit, probe_images))
+    train = draw_training(datamodule, max(limit, probe_images), seed)
     pca = _fit_pca(datamodule, train, tokenizer.num_latents * channels, seed, device)
     classifier = report_classifier(datamodule, run_dir, seed, device)
     extractors: list[FeatureExtractor] = [classifier if classifier is not None else RandomConvFeatures(0).to(device)]
     pair_metrics: dict[str, PairMetric] = {"psnr": psnr, "ssim": ssim}
-    for found in (lpips_metric(lpips_trunk, device), inception_features(inception_weights, device)):
+    for found in (lpips_metric(lpips_trunk, device, lpips_weights), inception_features(inception_weights, device)):
         if isinstance(found, Skipped):
             skipped.append(found)
         elif callable(found):
@@ -149,6 +151,9 @@ def reconstruction_report(
         "rate_bits": use.rate_bits.tolist(),
         "mean_variance": use.mean_variance.tolist(),
     }
+    capacity = getattr(tokenizer.bottleneck, "bits_per_latent", None)
+    if capacity is not None:  # of symbols, which have no noise and so no finite rate
+        metrics["latents"]["bits_per_latent"] = capacity
     metrics |= _distances(held_out, learned, linear, train["images"], extractors, device)
     if classifier is not None:
         metrics["classifier"] = _read_back(classifier, held_out, learned, linear)
@@ -190,7 +195,7 @@ def _fit_pca(datamodule: ReportData, train: dict[str, Any], num_floats: int, see
     limit = min(25_000, PCA_BYTES // (4 * train["images"][0].numel()))
     images = train["images"][:limit]
     if len(images) < limit:
-        images = datamodule.arrays("train", limit=limit)["images"]
+        images = draw_training(datamodule, limit, seed)["images"]
     return PCA.fit(images.to(device), num_floats, torch.Generator().manual_seed(seed))
 
 

@@ -36,7 +36,7 @@ def page(metrics: Mapping[str, Any], pictures: Mapping[str, Any], skipped: Seque
     if "classifier" in metrics:
         _classifier_table(report, metrics["classifier"], lengths)
     if "retrieval" in metrics:
-        _retrieval_table(report, metrics["retrieval"], lengths)
+        _retrieval_table(report, metrics["retrieval"], lengths, metrics["text_lengths"])
         _captions_table(report, metrics, lengths)
     _latent_table(report, metrics["latents"])
     return report.skipped(skipped).provenance(metrics["provenance"])
@@ -116,6 +116,9 @@ def _main_table(report: Report, metrics: Mapping[str, Any], lengths: Sequence[in
     bits = list(itertools.accumulate(metrics["latents"]["rate_bits"]))
     if all(math.isfinite(value) for value in bits):
         rows.insert(0, ["bits at most (rate)", *(f"{bits[k - 1]:,.0f}" for k in lengths)])
+    if "bits_per_latent" in metrics["latents"]:
+        held = metrics["latents"]["bits_per_latent"]
+        rows.insert(0, ["bits at most (symbols)", *(f"{held * k:,.0f}" for k in lengths)])
     rows.insert(0, ["floats", *(str(metrics["floats"][k]) for k in lengths)])
     notes = [
         f"FD is the Fréchet distance to the held-out pictures in {n[8:-1]} features, n = {e['n']:,}; "
@@ -257,7 +260,7 @@ def _classifier_table(report: Report, read: Mapping[str, Any], lengths: Sequence
     )
 
 
-def _retrieval_table(report: Report, found: Mapping[str, Any], lengths: Sequence[int]) -> None:
+def _retrieval_table(report: Report, found: Mapping[str, Any], lengths: Sequence[int], trained: Sequence[int]) -> None:
     rows = []
     for kind in [name for name in found if name != "n"]:
         for rank in (1, 5):
@@ -267,13 +270,19 @@ def _retrieval_table(report: Report, found: Mapping[str, Any], lengths: Sequence
         told = [f"{found[kind]['bits'][k]:.1f}" for k in lengths]
         rows.append([f"{kind}, bits of {found[kind]['most_bits']:.1f}", distinct, "0", *told])
     columns = ["caption", "distinct", "chance", *(f"k = {k}" for k in lengths)]
+    untrained = ""
+    if not set(lengths) <= set(trained):
+        untrained = (
+            f" Text was trained on prefixes of {', '.join(map(str, trained))} latents: another one is read as the "
+            "longest of these within it, or as the shortest of these where it is shorter still."
+        )
     report.table(
         "Captions found from a prefix",
         columns,
         rows,
         f"Picture to caption among the captions of {found['n']:,} held-out pictures; a word-for-word copy of "
         "the picture's caption counts as a hit, ties do not. Bits: what the prefix tells about which caption it is, "
-        "at least, from the likelihood of the right one.",
+        "at least, from the likelihood of the right one." + untrained,
     )
 
 
@@ -311,12 +320,15 @@ def _latent_table(report: Report, latents: Mapping[str, Any]) -> None:
     ]
     total = ["all", str(sum(latents["active_units"])), f"{sum(latents['rate_bits']):.1f}", ""]
     columns = ["position", "active units", "rate, bits", "share of variance that is signal"]
+    note = ""
+    if "bits_per_latent" in latents:
+        note = f" A position is a symbol here: no noise, and at most {latents['bits_per_latent']:.1f} bits."
     report.table(
         "Latents",
         columns,
         [*rows, total],
         "Active: the posterior mean varies by more than 0.01 over pictures. Rate: mean KL of the standardised "
-        "posterior to N(0, 1), an upper bound of what the position tells about the picture.",
+        "posterior to N(0, 1), an upper bound of what the position tells about the picture." + note,
     )
 
 

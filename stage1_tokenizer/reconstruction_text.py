@@ -28,6 +28,9 @@ def text_metrics(
 ) -> dict[str, Any]:
     """Entries `retrieval`, `captions_read`, `zero_shot` (labelled pictures), `caption_bits` (with a captioner).
 
+    Under `MaxOverQueries` the best of the first k latents counts, elsewhere what the tokenizer makes of all k; which
+    lengths it is trained to read is in `text_lengths`, and how it reads others in `Tokenizer.embed_latents`.
+
     Args:
         tokenizer: with a text part.
         held_out: z (N, K, C), captions, attributes and labels of the held-out pictures.
@@ -36,14 +39,17 @@ def text_metrics(
     """
     captions = held_out["captions"][:NUM_CAPTIONS]
     z = held_out["z"].to(tokenizer.latent_mean.device)
-    prefixes = embed_prefixes(tokenizer, z, lengths)
+    text = tokenizer.text_part()
+    competing = {k: text.competing(k) for k in lengths}
+    single = embed_prefixes(tokenizer, z, sorted({n for together in competing.values() for n in together}))
+    prefixes = {k: torch.stack([single[n] for n in together], dim=1) for k, together in competing.items()}  # (N, P, E)
     few = {k: vectors[: len(captions)] for k, vectors in prefixes.items()}
     kinds = {
         name: [texts[index] for texts in captions]
         for index, name in enumerate(_kinds(captions, is_scene=any(held_out["attributes"])))
     }
     embedded = {name: embed_captions(tokenizer, texts) for name, texts in kinds.items()}
-    metrics: dict[str, Any] = {"retrieval": {"n": len(captions)}}
+    metrics: dict[str, Any] = {"retrieval": {"n": len(captions)}, "text_lengths": text.lengths}
     for name, texts in kinds.items():
         by_k = {k: retrieval(vectors, embedded[name], texts, texts) for k, vectors in few.items()}
         metrics["retrieval"][name] = {
@@ -61,7 +67,6 @@ def text_metrics(
     if int(train["labels"].min()) >= 0:
         prompts = class_prompts(train["captions"], train["labels"].tolist())
         metrics["zero_shot"] = zero_shot(tokenizer, prefixes, held_out["labels"], prompts)
-    text = tokenizer.text_part()
     if text.captioner is not None:
         raw = z[: len(captions)] * tokenizer.latent_scale + tokenizer.latent_mean  # (N, K, C)
         metrics["caption_bits"] = {name: caption_bits(text, raw, texts, lengths) for name, texts in kinds.items()}

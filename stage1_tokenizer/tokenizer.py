@@ -56,13 +56,17 @@ class Tokenizer(Spec, nn.Module):
         linear_path: LinearPath | None = None,
     ):
         super().__init__()
-        parts = {"bottleneck": bottleneck, "decoder": decoder, "lengths": lengths, "linear_path": linear_path}
+        parts: dict[str, Any] = {"bottleneck": bottleneck, "decoder": decoder, "lengths": lengths}
+        parts["linear_path"] = linear_path
+        if text is not None:
+            parts |= {"text.reader": text.reader, "text.captioner": text.captioner}
+        sizes = {"num_latents": ("encoder", encoder.num_latents), "latent_dim": ("bottleneck", bottleneck.latent_dim)}
         for name, part in parts.items():
-            if part is not None and part.num_latents != encoder.num_latents:
-                raise ValueError(
-                    f"encoder.num_latents is {encoder.num_latents} but {name}.num_latents is {part.num_latents}; "
-                    "make them equal."
-                )
+            for size, (owner, wanted) in sizes.items():
+                # an attribute, or else an argument of the constructor; a part that has neither cannot disagree
+                got = getattr(part, size, part.spec["init_args"].get(size, wanted)) if part is not None else wanted
+                if got != wanted:
+                    raise ValueError(f"{owner}.{size} is {wanted} but {name}.{size} is {got}; make them equal.")
         self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.lengths, self.text, self.linear_path = lengths, text, linear_path
@@ -82,7 +86,7 @@ class Tokenizer(Spec, nn.Module):
     def posterior(self, images: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """(mean, std) of the posterior, standardised, each (B,k,C). Arguments and errors as `encode`."""
         self.check_images(images)
-        k = self.check_length(k or self.num_latents)
+        k = self.check_length(self.num_latents if k is None else k)
         shift = self.linear_path.encode(images, k) if self.linear_path is not None else None
         mean, std = self.bottleneck.posterior(self.encoder(images, k), shift)  # (B,k,C) each
         return (mean - self.latent_mean[:k]) / self.latent_scale[:k], std / self.latent_scale[:k]
@@ -107,10 +111,14 @@ class Tokenizer(Spec, nn.Module):
         return text.tower(text.vocabulary.encode(captions)[0])
 
     def embed_latents(self, z: Tensor) -> Tensor:
-        """z (B,k,C) standardised -> (B,E) unit vectors in the space of `embed_text`."""
+        """z (B,k,C) standardised, any 1 <= k <= K -> (B,E) unit vectors in the space of `embed_text`.
+
+        Text is trained on the prefixes in `text.lengths`: the longest of them within k is what is read, or the shortest
+        of them, with the latents that are there, if k is below it (`PrefixText.embed`).
+        """
         k = self.check_length(z.shape[1])
         raw = z * self.latent_scale[:k] + self.latent_mean[:k]
-        return self.text_part().reader(raw, [k])[:, 0]
+        return self.text_part().embed(raw)
 
     @property
     def vocabulary(self) -> CaptionVocabulary:
@@ -132,7 +140,7 @@ class Tokenizer(Spec, nn.Module):
         shift = self.linear_path.encode(images, self.num_latents) if self.linear_path is not None else None
         z, parts = self.bottleneck(self.encoder(images), shift)  # (B,K,C)
         text_step = self.text is not None and ids is not None and step % self.text.every == 0
-        z_pixels, z_text = self.text.balance(z) if text_step and self.text is not None else (z, z)
+        z_pixels, z_text = self.text.balance(z, self.text.factor(step)) if text_step and self.text else (z, z)
         pixel_parts, reconstruction = self.pixel_losses(z_pixels, images, step)
         parts |= pixel_parts
         if text_step and self.text is not None and ids is not None:

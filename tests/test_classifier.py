@@ -13,6 +13,7 @@ from stage1_tokenizer.classifier import (
     AttributeClassifier,
     Budget,
     LabelClassifier,
+    draw_training,
     fit_classifier,
     load_classifier,
     report_classifier,
@@ -20,6 +21,39 @@ from stage1_tokenizer.classifier import (
     slot_accuracy,
 )
 from stage1_tokenizer.probes import class_prompts, linear_probe, zero_shot
+
+
+class Data:
+    """Training pictures (fields of a batch) with a data module's methods; its own split."""
+
+    def __init__(self, folder: Path, fields: dict[str, Any]) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_text("{}")
+        self.data_dir, self.fields = str(folder), fields
+
+    def split(self, split: str) -> "Data":
+        assert split == "train"
+        return self
+
+    def __len__(self) -> int:
+        return len(self.fields["images"])
+
+    def stored(self, samples: list[int]) -> dict[str, Any]:
+        return {
+            n: v[samples] if isinstance(v, torch.Tensor) else [v[i] for i in samples] for n, v in self.fields.items()
+        }
+
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        return batch
+
+
+def colours(num: int) -> dict[str, Any]:
+    """`num` red, then green, then blue pictures: in the order of class folders."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(num)
+    images = torch.rand(3 * num, 3, 16, 16, generator=generator) - 1
+    images[torch.arange(3 * num), labels] += 1
+    return {"images": images, "labels": labels, "attributes": [{}] * 3 * num}
 
 
 def scene(layout: str, *shapes: str, word: str | None = None) -> dict[str, Any]:
@@ -101,6 +135,37 @@ def test_label_classifier_tells_colours_apart() -> None:
     assert fit_classifier(classifier, data, Budget(40, 60, batch_size=32), seed=0) > 0.9
 
 
+def test_classes_in_stored_order_are_all_trained_and_all_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
+
+    def watch(classifier: Any, images: Any, targets: torch.Tensor, device: Any) -> dict[str, float]:
+        seen.append(set(targets.flatten().tolist()))
+        return slot_accuracy(classifier, images, targets, device)
+
+    monkeypatch.setattr("stage1_tokenizer.classifier.slot_accuracy", watch)
+    torch.manual_seed(0)
+    classifier = LabelClassifier(Slots({"class": ["0", "1", "2"]}), width=8)
+    assert fit_classifier(classifier, colours(80), Budget(40, 60, batch_size=32), seed=0) > 0.9
+    assert seen == [{0, 1, 2}]
+
+
+def test_a_part_of_the_training_pictures_is_drawn_at_random(tmp_path: Path) -> None:
+    data = Data(tmp_path, colours(40))
+    drawn, again, other = (draw_training(data, 30, seed) for seed in (0, 0, 1))
+    assert len(drawn["images"]) == 30 and drawn["labels"].unique().tolist() == [0, 1, 2]
+    assert drawn["labels"][:10].unique().tolist() == [0, 1, 2], "a part of the part, too"
+    assert torch.equal(drawn["images"], again["images"]) and not torch.equal(drawn["images"], other["images"])
+    whole = draw_training(data, 1000, 0)
+    assert whole["labels"].bincount().tolist() == [40, 40, 40] and whole["labels"].diff().any()
+    assert torch.equal(whole["labels"], whole["images"].mean(dim=(2, 3)).argmax(1)), "rows stay together"
+
+
+def test_a_report_classifier_knows_classes_behind_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stage1_tokenizer.classifier._training_limit", lambda _: 60)
+    found = report_classifier(Data(tmp_path, colours(80)), tmp_path, budget=Budget(1, 60, batch_size=8))
+    assert found is not None and found.slots.sizes == [3]
+
+
 def test_augmentation_moves_pictures_and_keeps_their_pixels() -> None:
     classifier = LabelClassifier(Slots({"class": ["0", "1"]}), width=8)
     ramp = torch.arange(16.0).expand(64, 3, 16, 16) / 16
@@ -121,31 +186,17 @@ def test_a_kept_classifier_is_read_back_and_belongs_to_its_data(tmp_path: Path) 
 
 
 def test_pictures_without_classes_have_no_classifier(tmp_path: Path) -> None:
-    class Captioned:
-        data_dir = str(tmp_path)
-
-        def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
-            return {"attributes": [{}], "labels": torch.tensor([-1]), "images": torch.zeros(1, 3, 8, 8)}
-
-    (tmp_path / "manifest.json").write_text("{}")
-    assert report_classifier(Captioned(), tmp_path) is None
+    captioned = {"attributes": [{}], "labels": torch.tensor([-1]), "images": torch.zeros(1, 3, 8, 8)}
+    assert report_classifier(Data(tmp_path, captioned), tmp_path) is None
 
 
 def test_training_is_a_function_of_its_seed_alone(tmp_path: Path) -> None:
-    class Data:
-        def __init__(self, folder: Path) -> None:
-            self.data_dir = str(folder)
-            folder.mkdir()
-            (folder / "manifest.json").write_text("{}")
-
-        def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
-            return scenes(30, size=16)
-
     made = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(ord(name))
         before = torch.random.get_rng_state()
-        classifier = report_classifier(Data(tmp_path / name), tmp_path / name, seed, budget=Budget(3, 60, batch_size=8))
+        data = Data(tmp_path / name, scenes(30, size=16))
+        classifier = report_classifier(data, tmp_path / name, seed, budget=Budget(3, 60, batch_size=8))
         assert classifier is not None and torch.equal(before, torch.random.get_rng_state())
         made.append(classifier.heads.weight)
     torch.testing.assert_close(made[0], made[1])

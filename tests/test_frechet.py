@@ -1,5 +1,7 @@
 """Frechet distance against the closed form of Gaussians; precision and recall on constructed sets."""
 
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,15 @@ def test_missing_inception_weights_are_skipped_by_name(tmp_path: Path) -> None:
     for weights in (None, tmp_path / "missing.pth"):
         result = inception_features(weights)
         assert isinstance(result, Skipped) and "inception" in result.name and result.how_to_fix
+
+
+def test_the_extra_that_brings_inception_is_one_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.pth").touch()
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    result = inception_features(tmp_path / "weights.pth")
+    project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
+    extra = next(name for name, needs in project["optional-dependencies"].items() if "torch-fidelity" in needs[0])
+    assert isinstance(result, Skipped) and f"unspool[{extra}]" in result.how_to_fix
 
 
 def test_features_of_two_widths_are_refused() -> None:

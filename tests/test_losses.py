@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from stage1_tokenizer.losses import LPIPSLoss, PixelLoss, StructureLoss, WeightsError
-from stage1_tokenizer.metrics import ssim
+from stage1_tokenizer.metrics import Skipped, lpips_metric, ssim
 
 
 def pair(size: int = 32, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +42,14 @@ def test_structure_loss_averages_scales_and_falls_when_descended() -> None:
         StructureLoss(3)(*pair(32))
 
 
+def test_structure_loss_is_the_same_under_autocast() -> None:
+    x = torch.nn.functional.interpolate(pair(4)[0], size=32, mode="bilinear")
+    y = (x + 0.05 * torch.randn_like(x)).clamp(-1, 1)
+    expected = StructureLoss()(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(StructureLoss()(x, y), expected)
+
+
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """AlexNet's trunk with random weights, under torchvision's names."""
@@ -63,6 +71,9 @@ def test_lpips_reads_the_trunk_that_it_is_given(trunk: Path, monkeypatch: pytest
     value.sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
     assert loss.state_dict() == {} and list(loss.parameters()) == []  # stays out of checkpoints and averages
+
+    metric = lpips_metric("alex", weights=trunk)
+    assert not isinstance(metric, Skipped) and torch.equal(metric(x, y), value)
 
     stored = torch.load(trunk, weights_only=True)
     inside = loss._hidden[0].net.state_dict()  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from stage1_tokenizer.metrics import Skipped, latent_use, lpips_metric, psnr, retrieval, ssim
+from stage1_tokenizer.metrics import Skipped, _gaussian_band, latent_use, lpips_metric, psnr, retrieval, ssim
 
 
 @pytest.fixture
@@ -44,6 +44,24 @@ def test_ssim_agrees_with_scikit_image(pictures: torch.Tensor) -> None:
         for a, b in zip(noisy, pictures, strict=True)
     ]
     np.testing.assert_allclose(ssim(noisy, pictures).numpy(), expected, atol=1e-5)
+
+
+def test_ssim_is_float32_under_autocast(pictures: torch.Tensor) -> None:
+    smooth = torch.nn.functional.interpolate(pictures[..., :3, :3], size=24, mode="bilinear")
+    near = (smooth + 0.03 * pictures).clamp(-1, 1)
+    expected = ssim(near, smooth)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ssim(near, smooth), expected)
+
+
+def test_the_window_of_ssim_is_made_once_and_serves_losses_after_a_report() -> None:
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        band = _gaussian_band(23, cpu)
+    assert _gaussian_band(23, cpu) is band and not band.is_inference()
+    x = torch.rand(1, 3, 23, 23, requires_grad=True)
+    ssim(x, torch.rand(1, 3, 23, 23)).sum().backward()
+    assert x.grad is not None and x.grad.any()
 
 
 def test_pictures_of_two_sizes_are_refused(pictures: torch.Tensor) -> None:
@@ -85,6 +103,28 @@ def test_retrieval_ranks() -> None:
     queries = torch.tensor([[0.9, 0.5, 0.1], [0.5, 0.4, 0.1], [0.1, 0.9, 0.5]])  # ranks of the right one: 1, 2, 2
     result = retrieval(queries, candidates, ["a", "b", "c"], ["a", "b", "c"], ranks=(1, 2))
     assert result.recall[1] == pytest.approx(1 / 3) and result.recall[2] == 1.0
+
+
+def test_embeddings_that_are_not_numbers_find_nothing() -> None:
+    captions, eye = [str(i) for i in range(8)], torch.eye(8)
+    broken = eye.clone()
+    broken[0], broken[1, 3] = float("nan"), float("inf")
+    one, all_of_them = (
+        retrieval(broken, eye, captions, captions),
+        retrieval(eye * float("nan"), eye, captions, captions),
+    )
+    assert one.recall == {1: 0.75, 5: 0.75} and all_of_them.recall == {1: 0.0, 5: 0.0}
+    assert one.bits == pytest.approx(0.75 * 3, abs=0.01) and all_of_them.bits == 0, "the others still tell theirs"
+    few = retrieval(eye[:2] * float("nan"), eye[:2], captions[:2], captions[:2])
+    assert few.recall == {1: 0.0, 5: 0.0}, "nor among fewer candidates than are looked at"
+
+
+def test_the_best_of_several_vectors_of_a_query_counts() -> None:
+    captions, eye = [str(i) for i in range(6)], torch.eye(6)
+    wrong = eye.roll(1, 0)
+    queries = torch.stack([0.5 * wrong, eye], dim=1)  # (Q, 2, E)
+    assert retrieval(queries, eye, captions, captions).recall[1] == 1.0
+    assert retrieval(queries[:, :1], eye, captions, captions).recall[1] == 0.0
 
 
 def test_caption_bits_of_perfect_useless_and_grouped_embeddings() -> None:
@@ -129,5 +169,7 @@ def test_lpips_without_its_trunk_is_skipped_by_name(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     result = lpips_metric("alex")
     assert isinstance(result, Skipped) and result.name == "lpips[alex]" and "alexnet" in result.how_to_fix
+    missing = lpips_metric("alex", weights="nowhere.pth")
+    assert isinstance(missing, Skipped) and "nowhere.pth" in missing.reason and "lpips_weights" in missing.how_to_fix
     with pytest.raises(ValueError, match="wanted one of"):
         lpips_metric("resnet")

@@ -11,15 +11,36 @@ import pytest
 import torch
 
 from data.scenes import Scenes, captions_of
+from stage1_tokenizer.bottleneck import KLBottleneck
 from stage1_tokenizer.captioner import PrefixCaptioner
 from stage1_tokenizer.classifier import AttributeClassifier, Budget, report_classifier
+from stage1_tokenizer.contract import Bottleneck
+from stage1_tokenizer.discrete import FSQBottleneck
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.reconstruction import prefix_lengths, reconstruction_report
-from stage1_tokenizer.reconstruction_text import caption_bits
-from stage1_tokenizer.text import PrefixReader, PrefixText, SoftmaxContrast, TextTower
+from stage1_tokenizer.reconstruction_text import caption_bits, text_metrics
+from stage1_tokenizer.text import MaxOverQueries, PrefixReader, PrefixText, QueryReader, SoftmaxContrast, TextTower
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.vocabulary import CaptionVocabulary
+
+
+class Stored:
+    """A split with the methods of a data set."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self.fields = fields
+
+    def __len__(self) -> int:
+        return len(self.fields["images"])
+
+    def stored(self, samples: list[int]) -> dict[str, Any]:
+        return {
+            n: v[samples] if isinstance(v, torch.Tensor) else [v[i] for i in samples] for n, v in self.fields.items()
+        }
+
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        return batch
 
 
 class FakeData:
@@ -39,8 +60,8 @@ class FakeData:
                 "labels": torch.full((len(scenes[rows]),), -1),
             }
 
-    def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
-        return {name: values[:limit] for name, values in self.splits[split].items()}
+    def split(self, split: str) -> "Stored":
+        return Stored(self.splits[split])
 
     def test_dataloader(self) -> Iterator[dict[str, Any]]:
         val = self.splits["val"]
@@ -53,10 +74,11 @@ class LinearTokenizer(Tokenizer):
 
     pca: PCA
 
-    def __init__(self, text: PrefixText | None = None) -> None:
+    def __init__(self, text: PrefixText | None = None, bottleneck: Bottleneck | None = None) -> None:
         torch.nn.Module.__init__(self)
         self.num_latents, self.latent_dim, self.image_size, self.text = 4, 8, 16, text
         self.latent_mean, self.latent_scale = torch.zeros(4, 8), torch.ones(4, 8)
+        self.bottleneck = bottleneck or KLBottleneck(8, 4, 8)  # asked what it can hold, not run
 
     def posterior(self, images: torch.Tensor, k: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         z = self.pca.encode(images).unflatten(1, (4, 8))
@@ -171,6 +193,39 @@ def test_cost_of_text_against_a_baseline(made: tuple[dict[str, Any], Path, FakeD
     assert "retrieval" not in again and "retrieval" in {item["name"] for item in again["skipped"]}
     with pytest.raises(ValueError, match="without psnr"):
         reconstruction_report(tokenizer, data, tmp_path / "x", folder, probe_images=40, baseline={})
+
+
+def test_symbols_say_how_many_bits_they_hold(tmp_path: Path, made: tuple[dict[str, Any], Path, FakeData]) -> None:
+    metrics, folder, data = made
+    assert "bits_per_latent" not in metrics["latents"], "a KL has a rate"
+    tokenizer = LinearTokenizer(bottleneck=FSQBottleneck(8, 4, (4,) * 8))
+    tokenizer.pca = linear_tokenizer(data).pca
+    metrics = reconstruction_report(tokenizer, data, tmp_path / "out", folder, limit=10, probe_images=40)
+    assert metrics["latents"]["bits_per_latent"] == 16
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "bits at most (symbols)" in page and "64" in page and "at most 16.0 bits" in page
+
+
+def test_the_best_of_the_first_latents_finds_the_caption() -> None:
+    """Latent 2 alone is wrong about every picture: under `MaxOverQueries` latent 1 still finds the caption."""
+    captions = [f"caption {i}" for i in range(8)]
+
+    class Fixed(LinearTokenizer):
+        def embed_text(self, captions: list[str]) -> torch.Tensor:
+            return torch.eye(8)[[int(c[-1]) for c in captions]]
+
+        def embed_latents(self, z: torch.Tensor) -> torch.Tensor:
+            return 0.5 * torch.eye(8).roll(1, 0) if z.shape[1] == 2 else torch.eye(8)
+
+    held = {"captions": [[c] for c in captions], "attributes": [{}] * 8, "labels": torch.arange(8)}
+    held |= {"z": torch.zeros(8, 4, 8)}
+    train = {"captions": held["captions"], "labels": held["labels"]}
+    tower = text_part().tower
+    best = PrefixText(tower, QueryReader(4, 8, 16, 16), MaxOverQueries(), [1, 2])
+    for text, share in ((best, 1.0), (text_part(), 0.0)):
+        metrics = text_metrics(Fixed(text), held, train, [1, 2])
+        assert metrics["retrieval"]["caption"]["recall"][2][1] == share and metrics["zero_shot"][2] == share
+        assert metrics["captions_read"][0]["nearest"][1] == captions[0]
 
 
 def test_captions_alone_are_enough(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.captioner import PrefixCaptioner
 from tests.tiny import CAPTIONS, SIZE, WIDTH, C, K, pictures, tiny_tokenizer
 
 
@@ -79,6 +80,19 @@ def test_exported_folder_round_trips(tmp_path: Path) -> None:
     assert loaded.fingerprint == tokenizer.fingerprint and not loaded.training
 
 
+def test_a_loaded_tokenizer_keeps_its_card(tmp_path: Path) -> None:
+    card = "# Circles\n\nHöchstens rot.\n"
+    loaded = Tokenizer.from_pretrained(tiny_tokenizer().save_pretrained(tmp_path / "first", card))
+    again = Tokenizer.from_pretrained(loaded.save_pretrained(tmp_path / "again"))
+    assert (tmp_path / "again" / "README.md").read_text("utf-8") == card
+    again.save_pretrained(tmp_path / "again", "# Another")
+    assert (tmp_path / "again" / "README.md").read_text() == "# Another"
+    assert loaded.state_dict().keys() == tiny_tokenizer().state_dict().keys()
+    (tmp_path / "first" / "README.md").unlink()
+    Tokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "first")
+    assert "Exported by Unspool" in (tmp_path / "first" / "README.md").read_text()
+
+
 def test_fingerprint_follows_the_latent_space_only() -> None:
     tokenizer = tiny_tokenizer()
     before = tokenizer.fingerprint
@@ -98,6 +112,9 @@ def test_embeddings_are_unit_vectors_of_the_prefix() -> None:
     changed = z.clone()
     changed[:, 2:] += 5
     torch.testing.assert_close(tokenizer.embed_latents(changed[:, :2]), tokenizer.embed_latents(z[:, :2]))
+    with torch.no_grad():
+        tokenizer.get_parameter("text.reader.length")[2] += 100  # of k = 3, on which text is not trained
+    torch.testing.assert_close(tokenizer.embed_latents(z[:, :3]), tokenizer.embed_latents(z[:, :2]))
     text = tokenizer.embed_text(CAPTIONS)
     assert text.shape == (4, e.shape[1]) and (text @ text.T - torch.eye(4)).abs().max() > 1e-3
 
@@ -109,8 +126,20 @@ def test_losses_have_gradients_everywhere_and_a_finite_total() -> None:
     assert reconstruction.shape == (4, 3, SIZE, SIZE)
     assert {"pixel", "prefix", "kl", "text"} <= parts.keys()
     tokenizer.total(parts).backward()
-    dead = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
-    assert not dead
+    broken = [n for n, p in tokenizer.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    dead = [n for n, p in tokenizer.named_parameters() if p.grad is not None and not p.grad.any()]
+    assert not broken and not dead
+
+
+def test_text_and_pixels_each_reach_the_encoder_and_only_their_own_side_behind_it() -> None:
+    tokenizer = tiny_tokenizer().train()
+    ids, _ = tokenizer.vocabulary.encode(CAPTIONS)
+    tokenizer.total(tokenizer.losses(pictures(4), ids)[0]).backward()  # the balance has now seen both gradients
+    for part, behind, not_behind in (("text", "text", "decoder"), ("pixel", "decoder", "text")):
+        tokenizer.zero_grad()
+        tokenizer.losses(pictures(4), ids)[0][part].backward()
+        alive = {n.split(".")[0] for n, p in tokenizer.named_parameters() if p.grad is not None and p.grad.any()}
+        assert alive == {"encoder", "bottleneck", behind}, f"{part} reaches {alive}, and must not reach {not_behind}"
 
 
 def test_training_reduces_the_loss() -> None:
@@ -145,6 +174,9 @@ def test_wrong_images_are_refused_with_one_sentence(images: torch.Tensor, said: 
 
 def test_wrong_latents_are_refused() -> None:
     tokenizer = tiny_tokenizer()
+    for k in (0, -1, K + 1):
+        with pytest.raises(ValueError, match=f"got {k} latents, wanted a prefix of 1 to 6"):
+            tokenizer.encode(pictures(), k)
     with pytest.raises(ValueError, match="wanted a prefix of 1 to 6"):
         tokenizer.decode(torch.zeros(2, K + 1, C))
     with pytest.raises(ValueError, match="wanted \\(B, k, 4\\)"):
@@ -184,4 +216,20 @@ def test_disagreeing_parts_are_refused_at_construction(name: str) -> None:
     parts = tiny_tokenizer(linear_path=True).spec["init_args"]
     parts[name]["init_args"]["num_latents"] = K + 2
     with pytest.raises(ValueError, match=rf"encoder.num_latents is 6 but {name}.num_latents is 8"):
+        build({"class_path": "stage1_tokenizer.tokenizer.Tokenizer", "init_args": parts})
+
+
+@pytest.mark.parametrize("size", ["num_latents", "latent_dim"])
+@pytest.mark.parametrize("name", ["decoder", "linear_path", "text.reader", "text.captioner"])
+def test_parts_of_other_sizes_are_refused_at_construction(name: str, size: str) -> None:
+    from stage1_tokenizer.spec import build
+
+    parts = tiny_tokenizer(linear_path=True).spec["init_args"]
+    parts["text"]["init_args"]["captioner"] = PrefixCaptioner(64, 12, K, C, 32, 1, 2).spec
+    build({"class_path": "stage1_tokenizer.tokenizer.Tokenizer", "init_args": parts})
+    found = parts
+    for step in name.split("."):
+        found = found[step]["init_args"]
+    found[size] += 3
+    with pytest.raises(ValueError, match=rf"\.{size} is {found[size] - 3} but {name}.{size} is {found[size]}; make"):
         build({"class_path": "stage1_tokenizer.tokenizer.Tokenizer", "init_args": parts})
