@@ -40,6 +40,7 @@ from stage1_tokenizer.run_folder import MetricsFile, RunFolder
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights stay in float32: updates are too small
 
+RANK_OPTIONS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
 ROOMS = ("data", "stage1_tokenizer", "stage2_prior")
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,7 +148,9 @@ class UnspoolCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.precision = resolve_precision(self.option("precision"), self.option("trainer.accelerator"))
         settings = {"precision": self.precision, "default_root_dir": str(self.folder.run_dir), **kwargs}
-        if self.option("trainer.strategy") == "ddp":  # text losses run on some steps only and leave parameters unused
+        strategy, several = self.option("trainer.strategy"), several_ranks(*map(self.option, RANK_OPTIONS))
+        if strategy == "ddp" or (strategy == "auto" and several):
+            # text losses and discriminators run on some steps only and leave parameters unused on the others
             settings["strategy"] = "ddp_find_unused_parameters_true"
         if self.option("trainer.logger") is None:
             settings["logger"] = (
@@ -266,6 +269,18 @@ def resolve_precision(precision: Precision, accelerator: str) -> str:
     return precision
 
 
+def several_ranks(devices: list[int] | str | int, nodes: int, accelerator: str) -> bool:
+    """True if a fit with these options of Lightning's trainer, or its launcher (torchrun), uses more than one rank."""
+    if nodes > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return True
+    if isinstance(devices, list):
+        return len(devices) > 1
+    if str(devices) in ("auto", "-1"):
+        return accelerator in ("auto", "cuda", "gpu") and torch.cuda.device_count() > 1
+    indices = [d for d in str(devices).split(",") if d.strip()]  # "0,1" names two devices, "2" and 2 count them
+    return len(indices) > 1 or ("," not in str(devices) and int(devices) > 1)
+
+
 def compile_networks(networks: nn.Module, backend: str = "inductor") -> int:
     """Compile `networks` in place, keeping the names of its weights; returns the number of compiled modules.
 
@@ -294,6 +309,7 @@ def quieten_lightning() -> None:
         ".*GPU available but not used.*",
         ".*your dataloader is not resumable.*",  # the data modules of this project resume exactly
         ".*isinstance.treespec, LeafSpec.*",
+        ".*in eval mode at the start of training.*",  # frozen parts, which the lit modules put there
         ".*predict returned None.*",  # predict writes files, it returns nothing
         ".*torch.jit.script. is deprecated.*",  # a library's own use of it
     ):

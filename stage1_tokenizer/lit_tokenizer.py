@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from data.latents import LatentShardWriter, Origin, begin_latents, finished_shards, write_latent_manifest
 from stage1_tokenizer.adversarial import AdversarialLoss
 from stage1_tokenizer.card import tokenizer_card
+from stage1_tokenizer.classifier import draw_training
 from stage1_tokenizer.losses import ImageLoss
 from stage1_tokenizer.metrics import psnr
 from stage1_tokenizer.open_clip_tower import OpenClipTower
-from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage1_tokenizer.optim import MuonAdamW, parameter_groups, planned_steps, warmup_flat_cosine
 from stage1_tokenizer.tokenizer import Tokenizer
 
 
@@ -31,6 +32,7 @@ class LitTokenizer(pl.LightningModule):
         tokenizer: the model.
         lr: AdamW's rate, for everything that is not a block matrix.
         matrix_lr: Muon's rate, for block matrices.
+        weight_decay: AdamW's, on the parameters marked for it: linear maps and convolutions outside the blocks.
         warmup_steps: linear warm-up.
         flat_fraction: share of the steps at full rate before the cosine begins.
         long_captions: probability that the text loss uses a picture's longest caption, else any of its captions.
@@ -47,6 +49,9 @@ class LitTokenizer(pl.LightningModule):
         init_from: exported tokenizer to start from (same encoder, bottleneck and text; a decoder of the same class
             too); None starts from random weights.
         freeze_encoder: train the decoder only, with `init_from`; latents, text and statistics stay as they are.
+        lpips_trunk, lpips_weights: LPIPS of the report, and the path of its trunk's weights as torchvision has them;
+            None looks in torch's cache.
+        inception_weights: path of FID's Inception weights; None leaves that distance out.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class LitTokenizer(pl.LightningModule):
         tokenizer: Tokenizer,
         lr: float = 2.5e-3,
         matrix_lr: float = 0.012,
+        weight_decay: float = 0.0,
         warmup_steps: int = 30,
         flat_fraction: float = 0.3,
         long_captions: float = 0.75,
@@ -67,10 +73,14 @@ class LitTokenizer(pl.LightningModule):
         accumulate: int = 1,
         init_from: str | None = None,
         freeze_encoder: bool = False,
+        lpips_trunk: str = "alex",
+        lpips_weights: str | None = None,
+        inception_weights: str | None = None,
     ):
         super().__init__()
         self.tokenizer = tokenizer
-        self.lr, self.matrix_lr, self.warmup_steps, self.flat_fraction = lr, matrix_lr, warmup_steps, flat_fraction
+        self.lr, self.matrix_lr, self.weight_decay = lr, matrix_lr, weight_decay
+        self.warmup_steps, self.flat_fraction = warmup_steps, flat_fraction
         self.long_captions, self.statistics_images = long_captions, statistics_images
         self.captions_by_length = captions_by_length
         self.linear_path_images, self.report_images = linear_path_images, report_images
@@ -82,8 +92,9 @@ class LitTokenizer(pl.LightningModule):
                 f"got accumulate {accumulate}; wanted at least 1, and without `adversarial` set "
                 "trainer.accumulate_grad_batches instead."
             )
-        self.accumulate = accumulate
+        self.accumulate, self.added = accumulate, 0  # added: batches whose gradients wait for the next step
         self.init_from, self.freeze_encoder = init_from, freeze_encoder
+        self.lpips_trunk, self.lpips_weights, self.inception_weights = lpips_trunk, lpips_weights, inception_weights
         if freeze_encoder:
             if init_from is None:
                 raise ValueError(
@@ -110,6 +121,13 @@ class LitTokenizer(pl.LightningModule):
         """Learn from the training split what is fixed before the first step: vocabulary and linear path."""
         if stage != "fit":
             return
+        if self.adversarial is not None and str(self.trainer.precision) == "16-mixed":
+            raise ValueError(
+                "got precision 16-mixed with `adversarial`, wanted bf16-mixed or 32-true: the discriminator's own "
+                "optimiser step would use gradients that are still multiplied by the loss scale of float16."
+            )
+        self.added = 0
+        self.train()  # Lightning does not call it, and `train` below is what puts frozen parts into eval mode
         if self.init_from is not None:
             self.tokenizer.start_from(Tokenizer.from_pretrained(self.init_from))
             return
@@ -120,11 +138,22 @@ class LitTokenizer(pl.LightningModule):
             if left_out:
                 print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
         if self.tokenizer.linear_path is not None:
-            self.tokenizer.linear_path.fit(self.data.arrays("train", self.linear_path_images)["images"])
+            self.tokenizer.linear_path.fit(draw_training(self.data, self.linear_path_images, seed=0)["images"])
+
+    def train(self, mode: bool = True) -> "LitTokenizer":
+        """Training mode, but not for parts that are frozen as a whole: nothing masks or drops what they read."""
+        super().train(mode)
+        for part in self.tokenizer.modules():
+            parameters = list(part.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
+        return self
 
     def configure_optimizers(self) -> Any:
-        optimizer = MuonAdamW(parameter_groups(self.tokenizer), lr=self.lr, matrix_lr=self.matrix_lr)
-        total = int(self.trainer.estimated_stepping_batches)
+        optimizer = MuonAdamW(
+            parameter_groups(self.tokenizer), lr=self.lr, matrix_lr=self.matrix_lr, weight_decay=self.weight_decay
+        )
+        total = planned_steps(self.trainer, self.accumulate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)
         )
@@ -136,59 +165,75 @@ class LitTokenizer(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         step, images = self.global_step, batch["images"]
         parts, reconstruction = self.tokenizer.losses(images, self.caption_ids(batch), step)
-        for extra in self.image_losses:
-            parts[type(extra).__name__] = extra(reconstruction, images).mean()
-        loss = self.tokenizer.total(parts) + sum(parts[type(extra).__name__] for extra in self.image_losses)
+        extras = [extra(reconstruction, images).mean() for extra in self.image_losses]
+        loss = self.tokenizer.total(parts) + sum(extras)
+        parts |= dict(zip(numbered([type(extra).__name__ for extra in self.image_losses]), extras, strict=True))
         if self.adversarial is not None:
-            parts |= self.play(self.adversarial, loss, images, reconstruction, step, batch_idx)
+            parts |= self.play(self.adversarial, loss, images, reconstruction, step, self.last_of_window(batch_idx))
         parts = {name: part.detach() for name, part in parts.items()}
         self.log_dict({f"train/{name}": part for name, part in parts.items()} | {"train/loss": loss.detach()})
         return {"loss": loss.detach() if self.adversarial is not None else loss, **parts}  # parts: for the NaN guard
 
+    def last_of_window(self, batch_idx: int) -> bool:
+        """True if a step is due after this batch: `accumulate` batches are together, or the epoch ends."""
+        last_batch = self.trainer.is_last_batch or batch_idx + 1 == self.trainer.num_training_batches
+        return self.added + 1 >= self.accumulate or last_batch
+
     def play(
-        self, game: AdversarialLoss, loss: Tensor, images: Tensor, reconstruction: Tensor, step: int, batch_idx: int
+        self, game: AdversarialLoss, loss: Tensor, images: Tensor, reconstruction: Tensor, step: int, last: bool
     ) -> dict[str, Tensor]:
-        """One batch of the tokenizer and of the discriminator, by hand; both step after every `accumulate` batches.
+        """One batch of the tokenizer and of the discriminator, by hand; both step after the `last` one of a window.
+
+        A step takes the mean over the batches of its window, of which the end of an epoch may leave fewer.
 
         Only the tokenizer's step goes through Lightning's wrapper: `global_step` counts wrapped steps, and so counts
         this one once. Both optimisers are in the checkpoint; both clip the norm of their gradients.
         """
         optimizer, critic = self.optimizers()  # type: ignore[misc]
-        first, last = batch_idx % self.accumulate == 0, (batch_idx + 1) % self.accumulate == 0
-        if first:
+        if self.added == 0:
             optimizer.zero_grad()
             critic.zero_grad()
+        self.added += 1
         parts = {}
         if game.active(step):
             parts["generator"] = game.generator(reconstruction, loss, self.tokenizer.decoder.last_weight)
             loss = loss + parts["generator"]
-        self.manual_backward(loss / self.accumulate)
+        self.manual_backward(loss)
         if last:
+            divide_gradients(optimizer.optimizer, self.added)
             optimizer.step()
             self.lr_schedulers().step()  # type: ignore[union-attr]
         if game.active(step):
             parts["discriminator"], means = game.discriminate(images, reconstruction)
-            self.manual_backward(parts["discriminator"] / self.accumulate)
+            self.manual_backward(parts["discriminator"])
             if last:
+                divide_gradients(critic.optimizer, self.added)
                 nn.utils.clip_grad_norm_(game.discriminator.parameters(), 1.0)
                 critic.optimizer.step()
             game.track(means)
             parts |= means
+        self.added = 0 if last else self.added
         return parts
 
     def caption_ids(self, batch: dict[str, Any]) -> Tensor | None:
-        """(B,M,L) ids of M captions per picture, see `captions_by_length`; None without text or captions."""
-        if self.tokenizer.text is None or self.global_step % self.tokenizer.text.every or not all(batch["captions"]):
+        """(B,M,L) ids of M captions per picture, see `captions_by_length`; None without text or captions.
+
+        A picture without a caption gets an empty one, which the text losses leave out.
+        """
+        if self.tokenizer.text is None or self.global_step % self.tokenizer.text.every:
             return None
-        count = self.captions_by_length
+        said = [[caption for caption in captions if caption.strip()] for captions in batch["captions"]]
+        if not any(said):
+            return None
+        said, count = [captions or [""] for captions in said], self.captions_by_length
         if count > 1:
-            ranked = [sorted(captions, key=len) for captions in batch["captions"]]
+            ranked = [sorted(captions, key=len) for captions in said]
             chosen = [by_length[i * (len(by_length) - 1) // (count - 1)] for by_length in ranked for i in range(count)]
         else:
-            u = torch.rand(len(batch["captions"]), 2).tolist()
+            u = torch.rand(len(said), 2).tolist()
             chosen = [
                 max(captions, key=len) if a < self.long_captions else captions[int(b * len(captions))]
-                for captions, (a, b) in zip(batch["captions"], u, strict=True)
+                for captions, (a, b) in zip(said, u, strict=True)
             ]
         return self.tokenizer.vocabulary.encode(chosen)[0].unflatten(0, (-1, count)).to(self.device)
 
@@ -234,11 +279,19 @@ class LitTokenizer(pl.LightningModule):
             raise ValueError(f"baseline_metrics {self.baseline_metrics} does not exist; run `test` for that run first.")
         baseline = json.loads(Path(self.baseline_metrics).read_text()) if self.baseline_metrics else None
         reconstruction_report(
-            self.tokenizer, self.data, folder, self.run_dir, limit=self.report_images, baseline=baseline
+            self.tokenizer,
+            self.data,
+            folder,
+            self.run_dir,
+            limit=self.report_images,
+            baseline=baseline,
+            lpips_trunk=self.lpips_trunk,
+            lpips_weights=self.lpips_weights,
+            inception_weights=self.inception_weights,
         )
 
     def on_predict_start(self) -> None:
-        """Open a writer for every split, which keeps the shards that an interrupted predict of the same has finished."""
+        """Open a writer for every split; shards that an interrupted predict of the same has finished are kept."""
         self.latents_dir = self.run_dir / "latents"
         fingerprint, size = self.tokenizer.fingerprint, self.data.predict_shard_size
         origins, finished = {}, {}
@@ -275,6 +328,18 @@ class LitTokenizer(pl.LightningModule):
             counts = write_latent_manifest(
                 self.latents_dir, tok.num_latents, tok.latent_dim, tok.fingerprint, str(self.data.data_dir)
             )
-            samples = ", ".join(f"{count} {split}" for split, count in counts.items())
+            samples = ", ".join(f"{count} {split}" for split, count in counts.items() if count)
             size = f"{tok.num_latents} x {tok.latent_dim}"
             print(f"latents: {self.latents_dir} ({samples}, {size}, tokenizer {tok.fingerprint})")
+
+
+def numbered(names: list[str]) -> list[str]:
+    """The names, those that occur more than once with their place in the list: [A, B, A] -> [A_0, B, A_2]."""
+    return [f"{name}_{place}" if names.count(name) > 1 else name for place, name in enumerate(names)]
+
+
+def divide_gradients(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Make the sums of the gradients of `count` batches their mean, in place."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if count > 1:
+        torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], count)

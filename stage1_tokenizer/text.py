@@ -72,9 +72,15 @@ class TextTower(Spec, nn.Module):
         return width
 
 
-@functools.lru_cache(maxsize=256)
-def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+def on_device(values: list[int], device: torch.device) -> Tensor:
     """`values` as a long tensor (n,), kept: copying a list to a GPU in every step would make the step wait for it."""
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return torch.tensor(values, device=device)
+    return kept_on_device(tuple(values), device)
+
+
+@functools.lru_cache(maxsize=256)
+def kept_on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a report may be the first to ask, and a loss indexes with it
         return torch.tensor(values, device=device)
 
@@ -83,8 +89,8 @@ class PrefixReader(Spec, nn.Module):
     """All prefixes of a latent line to unit vectors at once: z (B,K,C) -> (B,P,E) for the given lengths.
 
     Each position has its own small map; their running sum over positions is the state after k latents, so that every
-    prefix costs one row and the value for k cannot depend on later latents. Each length also has a row of its own, which
-    is trained only if that length is: a prefix of any other length is read with the row of one that is (`prefix`).
+    prefix costs one row and the value for k cannot depend on later latents. Each length also has a row of its own,
+    trained only if that length is: a prefix of any other length is read with the row of one that is (`prefix`).
     """
 
     def __init__(self, num_latents: int, latent_dim: int, width: int = 256, embed_dim: int = 128):
@@ -99,8 +105,8 @@ class PrefixReader(Spec, nn.Module):
     def forward(self, z: Tensor, lengths: list[int], rows: list[int] | None = None) -> Tensor:
         """`rows`: the lengths whose rows are added, one for each of `lengths`; None: the same."""
         steps = self.position(z[:, : max(lengths)])  # (B,k,W)
-        at = on_device(tuple(k - 1 for k in lengths), z.device)
-        row = at if rows is None else on_device(tuple(k - 1 for k in rows), z.device)
+        at = on_device([k - 1 for k in lengths], z.device)
+        row = at if rows is None else on_device([k - 1 for k in rows], z.device)
         x = steps.float().cumsum(1)[:, at] / torch.sqrt(at + 1.0)[:, None] + self.length[row]  # (B,P,W)
         x = self.norm(x)
         x = x + self.down(F.relu(self.up(x)).square())
@@ -126,7 +132,7 @@ class QueryReader(Spec, nn.Module):
         self.out = linear(width, embed_dim)
 
     def forward(self, z: Tensor, lengths: list[int]) -> Tensor:
-        at = on_device(tuple(k - 1 for k in lengths), z.device)
+        at = on_device([k - 1 for k in lengths], z.device)
         x = self.norm(F.relu(self.position(z[:, : max(lengths)])[:, at].float()))  # (B,P,W)
         return F.normalize(self.out(x).float(), dim=-1)  # (B,P,E)
 
@@ -138,7 +144,7 @@ class QueryReader(Spec, nn.Module):
 class SigmoidContrast(Spec, nn.Module):
     """Sigmoid contrastive loss (Zhai et al. 2023, "SigLIP", eq. 1) with repeated captions counted as pairs.
 
-    forward(image (B,P,E), text (B,E) or (B,P,E), same (B,B) or (B,P,B) bool) -> (P,) loss per prefix.
+    forward(image (B,P,E), text (B,E) or (B,P,E), same (B,B) or (P,B,B) bool) -> (P,) loss per prefix.
     """
 
     def __init__(self, temperature: float = 10.0, bias: float = -4.0):
@@ -148,8 +154,8 @@ class SigmoidContrast(Spec, nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
         logits = self.log_scale.exp() * torch.einsum("bpe,cpe->pbc", image, text) + self.bias  # (P,B,B)
-        sign = torch.where(same, 1.0, -1.0)
-        return -F.logsigmoid(sign * logits).sum(-1).mean(-1)  # (P,)
+        sign, (counted, pairs) = torch.where(same, 1.0, -1.0), counted_pairs(same)
+        return mean_of(-(F.logsigmoid(sign * logits) * pairs).sum(-1), counted)  # (P,)
 
 
 class SoftmaxContrast(Spec, nn.Module):
@@ -185,10 +191,23 @@ class MaxOverQueries(Spec, nn.Module):
 
 def symmetric_cross_entropy(logits: Tensor, same: Tensor) -> Tensor:
     """logits (P,B,B), same (P,B,B) bool -> (P,): cross-entropy over rows and columns, true pairs share the target."""
-    target = same / same.sum(-1, keepdim=True)
+    counted, pairs = counted_pairs(same)
+    logits = torch.where(pairs, logits, -1e4)  # finite, since 0 times minus infinity is not a number
+    target = same / same.sum(-1, keepdim=True).clamp(min=1)
     rows = -(target * logits.log_softmax(-1)).sum(-1)
     columns = -(target * logits.log_softmax(-2)).sum(-2)
-    return 0.5 * (rows + columns).mean(-1)
+    return 0.5 * mean_of(rows + columns, counted)
+
+
+def counted_pairs(same: Tensor) -> tuple[Tensor, Tensor]:
+    """same (P,B,B) bool -> counted (P,B), pairs (P,B,B) bool: a picture that is no pair of itself has no caption."""
+    counted = same.diagonal(dim1=-2, dim2=-1)
+    return counted, counted[..., :, None] & counted[..., None, :]
+
+
+def mean_of(values: Tensor, counted: Tensor) -> Tensor:
+    """(P,B), bool of the same -> (P,): mean over the counted ones, 0 where there is none."""
+    return (values * counted).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 class GradientBalance(nn.Module):
@@ -206,19 +225,21 @@ class GradientBalance(nn.Module):
         self.share, self.momentum = share, momentum
         self.register_buffer("norms", torch.zeros(2))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """z twice, for the first loss and for the second, whose share is `factor` times what was asked for."""
         if not (self.training and z.requires_grad):
             return z, z
         first, second = z.view_as(z), z.view_as(z)
         first.register_hook(lambda g: self.watch(g, 0))
-        second.register_hook(lambda g: self.scale(self.watch(g, 1)))
+        second.register_hook(lambda g: factor * self.scale(self.watch(g, 1)))
         return first, second
 
     @torch.no_grad()
     def watch(self, gradient: Tensor, which: int) -> Tensor:
         norm = gradient.float().norm()
         old = self.norms[which]
-        self.norms[which] = torch.where(old == 0, norm, old.lerp(norm, 1 - self.momentum))
+        new = torch.where(old == 0, norm, old.lerp(norm, 1 - self.momentum))
+        self.norms[which] = torch.where(norm.isfinite(), new, old)  # float16 overflows now and then: no step is made
         return gradient
 
     def scale(self, gradient: Tensor) -> Tensor:
@@ -238,6 +259,7 @@ class PrefixText(Spec, nn.Module):
         every: the loss is computed in every n-th step only, the cheapest way to spend less on it.
         captioner: also a caption loss, which reads one random prefix of `lengths` per picture; None for none.
         caption_weight: of the caption loss beside the contrastive one.
+        warmup: steps over which `share` rises from 0; reader and tower learn from the first one on.
     """
 
     def __init__(
@@ -250,8 +272,11 @@ class PrefixText(Spec, nn.Module):
         every: int = 1,
         captioner: PrefixCaptioner | None = None,
         caption_weight: float = 0.5,
+        warmup: int = 0,
     ):
         super().__init__()
+        if warmup < 0 or every < 1:
+            raise ValueError(f"got warmup {warmup}, every {every}; wanted at least 0 and 1 steps.")
         if not lengths or min(lengths) < 1 or max(lengths) > reader.num_latents:
             raise ValueError(f"got lengths {lengths}, wanted prefix lengths within 1..{reader.num_latents}.")
         if reader.embed_dim != tower.embed_dim:
@@ -265,7 +290,7 @@ class PrefixText(Spec, nn.Module):
                     f"{getattr(tower.vocabulary, name)}; make them equal."
                 )
         self.tower, self.reader, self.contrast = tower, reader, contrast
-        self.lengths, self.every = sorted(lengths), every
+        self.lengths, self.every, self.warmup = sorted(lengths), every, warmup
         self.captioner, self.caption_weight = captioner, caption_weight
         self.balance = GradientBalance(share)
         weights = torch.tensor([1 / (1 + math.log2(k)) for k in self.lengths])
@@ -275,6 +300,10 @@ class PrefixText(Spec, nn.Module):
     @property
     def vocabulary(self) -> CaptionVocabulary:
         return self.tower.vocabulary
+
+    def factor(self, step: int) -> float:
+        """What `share` is multiplied by at an optimiser step."""
+        return min(1.0, step / self.warmup) if self.warmup else 1.0
 
     def embed(self, z: Tensor) -> Tensor:
         """z (B,k,C) before standardisation, any k -> unit vectors (B,E), read at a length that is trained.
@@ -295,26 +324,29 @@ class PrefixText(Spec, nn.Module):
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """z (B,K,C), ids (B,L) or (B,M,L) -> {"text": weighted sum, "text_k<first length>": loss of the shortest}.
 
-        Of M captions per picture, the first ones are for the shortest prefixes and the last ones for the longest.
+        Of M captions per picture, the first ones are for the shortest prefixes and the last ones for the longest. A
+        picture whose caption is empty is left out.
         """
         ids = ids[:, None] if ids.ndim == 2 else ids  # (B,M,L)
         batch, count = ids.shape[:2]
         if count > 1 and isinstance(self.contrast, MaxOverQueries):
             raise ValueError(
-                f"got {count} captions per picture, wanted one: MaxOverQueries has no prefixes to share them out among; "
-                "set captions_by_length to 1."
+                f"got {count} captions per picture, wanted one: MaxOverQueries compares all prefixes with the same "
+                "caption; set captions_by_length to 1."
             )
         which = [round(i * (count - 1) / max(1, len(self.lengths) - 1)) for i in range(len(self.lengths))]
         embedded = self.tower(ids.flatten(0, 1)).unflatten(0, (batch, count))  # (B,M,E)
-        equal = (ids[:, None] == ids[None]).all(-1).permute(2, 0, 1)  # (M,B,B)
+        said = ids[..., 1] != END  # (B,M), False = an empty caption
+        equal = ((ids[:, None] == ids[None]).all(-1) & said).permute(2, 0, 1)  # (M,B,B)
         image = self.reader(z, self.lengths)  # (B,P,E)
-        shared = on_device(tuple(which), ids.device)  # (P,)
+        shared = on_device(which, ids.device)  # (P,)
         each = self.contrast(image, embedded[:, shared], equal[shared])  # (P,), or (1,) of all together
         parts = {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}
         if self.captioner is not None:
             drawn = torch.multinomial(self.weights, batch, replacement=True)  # (B,) short prefixes more often
-            k = on_device(tuple(self.lengths), z.device)[drawn]
+            k = on_device(self.lengths, z.device)[drawn]
             target = ids[torch.arange(batch, device=z.device), shared[drawn]]  # (B,L)
+            target = target.masked_fill(target[:, 1:2] == END, PAD)  # an empty caption says nothing: 0 nats
             nats = self.captioner(z, keep_mask(k, z.shape[1]), target)  # (B,L-1)
-            parts["caption"] = self.caption_weight * nats.sum() / (target[:, 1:] != PAD).sum()
+            parts["caption"] = self.caption_weight * nats.sum() / (target[:, 1:] != PAD).sum().clamp(min=1)
         return parts

@@ -9,7 +9,8 @@ import yaml
 from torch import Tensor, nn
 
 from stage1_tokenizer import cli as cli_module
-from stage1_tokenizer.cli import UsageError, compile_networks, resolve_precision, run_cli
+from stage1_tokenizer.cli import UnspoolCLI, UsageError, compile_networks, resolve_precision, run_cli, several_ranks
+from tests.tiny import CAPTIONS, pictures, tiny_tokenizer
 from tests.tiny_run import NumbersModule, TinyLit, fresh, run
 
 __all__ = ["fresh"]  # a fixture that every test here uses
@@ -28,6 +29,7 @@ def test_evaluating_without_an_export_is_one_sentence(tmp_path: Path, capsys: py
         (["--model.widht=3"], "widht"),
         (["--model.width=abc"], "abc"),
         (["--trainer.precision=32-true"], "top-level option precision"),
+        (["--precision=bf16-true"], "bf16-mixed"),
         (["--resume=nowhere.ckpt"], "nowhere.ckpt, which is no file"),
         (["--resume=auto", "--overwrite=true"], "choose one"),
     ],
@@ -83,7 +85,7 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
     assert resolve_precision("auto", "cpu") == "bf16-mixed"
     monkeypatch.setattr(cli_module, "has_fast_bfloat16", lambda device: False)
     assert resolve_precision("auto", "cpu") == "32-true"
-    assert resolve_precision("bf16-true", "cpu") == "bf16-true"
+    assert resolve_precision("bf16-mixed", "cpu") == "bf16-mixed"
     with pytest.raises(UsageError, match="16-mixed on a CPU"):
         resolve_precision("16-mixed", "cpu")
 
@@ -108,6 +110,58 @@ def test_compiling_keeps_names_and_results_and_does_compile() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     torch.testing.assert_close(compiled, plain)
     assert list(networks.state_dict()) == keys
+
+
+def test_compiling_a_tokenizer_leaves_its_losses_and_its_names() -> None:
+    tokenizer, images = tiny_tokenizer().train(), pictures(4)
+    ids, names = tokenizer.vocabulary.encode(CAPTIONS)[0], list(tokenizer.state_dict())
+
+    def losses() -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        return tokenizer.losses(images, ids)[0]
+
+    plain = losses()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert compile_networks(tokenizer, backend="eager") >= 5
+    torch.testing.assert_close(losses(), plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert list(tokenizer.state_dict()) == names
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "world", "several"),
+    [
+        (1, 1, None, False), ("1", 1, None, False), ("1,", 1, None, False), ([1], 1, None, False),
+        (2, 1, None, True), ("2", 1, None, True), ("0,1", 1, None, True), ([0, 1], 1, None, True),
+        ("auto", 1, None, False), (1, 2, None, True), ("auto", 1, "2", True), (1, 1, "1", False),
+    ],
+)  # fmt: skip
+def test_several_ranks_are_told_from_the_options(
+    monkeypatch: pytest.MonkeyPatch, devices: Any, nodes: int, world: str | None, several: bool
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    assert several_ranks(devices, nodes, "cpu") == several
+
+
+@pytest.mark.parametrize(("found", "several"), [(1, False), (2, True)])
+def test_devices_that_are_found_count(monkeypatch: pytest.MonkeyPatch, found: int, several: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    for devices in ("auto", -1, "-1"):
+        assert several_ranks(devices, 1, "auto") == several_ranks(devices, 1, "gpu") == several
+    assert not several_ranks("auto", 1, "cpu")
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_several_ranks_may_leave_parameters_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    monkeypatch.setattr(UnspoolCLI, "fit", lambda self, model, datamodule: None)
+    cli = run(tmp_path, f"--trainer.strategy={strategy}", "--trainer.devices=2")
+    assert cli.trainer.strategy._ddp_kwargs == {"find_unused_parameters": True}
 
 
 def test_help_works(capsys: pytest.CaptureFixture[str]) -> None:

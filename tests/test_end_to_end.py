@@ -142,6 +142,17 @@ def test_a_resumed_fit_ends_with_the_same_weights_as_an_undisturbed_one(demo: Pa
     assert not different
 
 
+@pytest.mark.parametrize("steps", [4, 7])  # within an epoch, and at its end
+def test_a_finished_fit_that_is_resumed_exports_the_same(demo: Path, tmp_path: Path, steps: int) -> None:
+    own = [f"--run_dir={tmp_path}", f"--data.data_dir={demo / 'data'}", "--model.statistics_images=16", *SHRUNK]
+    words = ["fit", f"--config={CONFIGS / 'stage1' / 'demo.yaml'}", *own, f"--trainer.max_steps={steps}"]
+    stage1(*words)
+    first = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    stage1(*words, "--resume=auto")
+    second = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert torch.equal(first.latent_mean, second.latent_mean) and first.fingerprint == second.fingerprint
+
+
 def test_a_decoder_is_not_trained_on_random_or_other_latents(demo: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(demo / "tokenizer")
     with pytest.raises(ValueError, match="freeze_encoder without init_from"):

@@ -1,5 +1,7 @@
 """Parts that must fit each other: heads and solvers, guidance and priors, samples and what a prior can be asked."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,7 +97,7 @@ def test_a_sweep_takes_any_schedule() -> None:
 
 def test_samples_that_say_nothing_are_left_out_of_reports() -> None:
     n = 12
-    batch = {
+    batch: dict[str, Any] = {
         "captions": [["short", "a longer one"], [], [""], *([["word"]] * (n - 3))],
         "labels": torch.tensor([0, 1, 5, *([2] * (n - 3))]),
         "keys": [str(i) for i in range(n)],

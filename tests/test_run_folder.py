@@ -1,14 +1,16 @@
 """What a fit leaves in its folder: metrics that append, its story, checkpoints, exports."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from stage1_tokenizer.callbacks import RunCheckpoint
+from stage1_tokenizer.callbacks import NaNGuard, NonFiniteLossError, RunCheckpoint
 from stage1_tokenizer.ema import EMAWeights
 from tests.tiny_run import TinyLit, checkpoint, fresh, run
 
@@ -98,3 +100,45 @@ def test_checkpoints_do_not_come_with_every_epoch(tmp_path: Path, monkeypatch: p
     saved.clear()
     run(tmp_path / "epochs", "--trainer.max_epochs=2")
     assert set(saved) == {10}
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(self: Any, optimizer: Any) -> None:  # the loss of this step is finite, its gradient is not
+        if self.global_step == 3:
+            self.net[2].bias.grad.fill_(float("inf"))
+
+    monkeypatch.setattr(TinyLit, "on_before_optimizer_step", overflow)
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--trainer.max_steps=8", "--checkpoint.every_n_steps=2")
+    error = capsys.readouterr().err
+    assert "parameters are not finite at step 4, first net." in error and "lower learning rate" in error
+    stored = checkpoint(tmp_path)
+    assert stored["global_step"] == 2
+    assert all(value.isfinite().all() for value in stored["state_dict"].values())
+    assert [file.name for file in (tmp_path / "stage1" / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_rank_stops_with_the_others(elsewhere: bool) -> None:
+    asked: list[bool] = []
+
+    def decide(found: bool, all: bool) -> bool:
+        asked.append(found)
+        return found or elsewhere
+
+    trainer: Any = SimpleNamespace(
+        world_size=2, global_step=7, strategy=SimpleNamespace(reduce_boolean_decision=decide)
+    )
+    guard = NaNGuard(every_n_steps=1)
+    with pytest.raises(NonFiniteLossError, match="another rank") if elsewhere else nullcontext():
+        guard.on_train_batch_end(trainer, None, {"loss": torch.zeros(())}, {}, 0)  # type: ignore[arg-type]
+    assert asked == [False]
+    with pytest.raises(NonFiniteLossError, match="at step 7"):
+        guard.on_train_batch_end(trainer, None, {"loss": torch.tensor(torch.nan)}, {}, 0)  # type: ignore[arg-type]
+
+    trainer.world_size = 1  # alone, nobody is asked
+    guard.on_train_batch_end(trainer, None, {"loss": torch.zeros(())}, {}, 0)  # type: ignore[arg-type]
+    assert asked == [False, True]

@@ -9,9 +9,11 @@ from stage1_tokenizer.text import (
     GradientBalance,
     MaxOverQueries,
     PrefixReader,
+    PrefixText,
     QueryReader,
     SigmoidContrast,
     SoftmaxContrast,
+    TextTower,
 )
 from stage1_tokenizer.vocabulary import END, START, UNKNOWN, CaptionVocabulary
 from tests.tiny import CAPTIONS, awaken, tiny_tokenizer
@@ -65,6 +67,68 @@ def test_reader_gives_every_prefix_at_once_and_none_sees_later_latents() -> None
     together = reader(z, [1, 3, 6])
     for i, k in enumerate((1, 3, 6)):
         torch.testing.assert_close(together[:, i], reader(z[:, :k], [k])[:, 0])
+
+
+def text_part(reader: PrefixReader | QueryReader, lengths: list[int], best: bool = False) -> PrefixText:
+    torch.manual_seed(0)
+    tower = TextTower(fitted(), 32, 1, 2, reader.embed_dim)
+    text = PrefixText(tower, reader, MaxOverQueries() if best else SoftmaxContrast(), lengths)
+    awaken(text)
+    return text
+
+
+@pytest.mark.parametrize("lengths", [[2, 4], [5]])
+def test_a_prefix_is_read_at_a_length_that_is_trained(lengths: list[int]) -> None:
+    """Rows of the other lengths are as random as they began: nothing that is read may depend on them."""
+    text = text_part(PrefixReader(6, 4, 32, 16), lengths)
+    z = torch.randn(3, 6, 4)
+    before = {k: text.embed(z[:, :k]) for k in range(1, 7)}
+    with torch.no_grad():
+        for k in set(range(1, 7)) - set(lengths):
+            text.get_parameter("reader.length")[k - 1] += 100 * torch.randn(32)
+        text.get_parameter("reader.position.weight")[lengths[-1] :] += 100
+    for k, found in before.items():
+        torch.testing.assert_close(text.embed(z[:, :k]), found)
+    for k in lengths:
+        torch.testing.assert_close(before[k], text.reader(z[:, :k], [k])[:, 0])
+    assert (before[lengths[0]] - before[lengths[0] - 1]).abs().max() > 1e-3, "fewer latents than that say less"
+    torch.testing.assert_close(before[6], before[lengths[-1]])
+
+
+def test_under_the_best_of_all_queries_the_first_k_compete() -> None:
+    best = text_part(QueryReader(6, 4, 32, 16), [1, 2, 4], best=True)
+    assert [best.competing(k) for k in (1, 3, 6)] == [[1], [1, 2], [1, 2, 4]]
+    assert text_part(PrefixReader(6, 4, 32, 16), [2, 4]).competing(3) == [3]
+
+
+def test_the_best_of_all_queries_takes_one_caption_only() -> None:
+    best = text_part(QueryReader(6, 4, 32, 16), [1, 2, 4], best=True)
+    ids = best.vocabulary.encode(CAPTIONS)[0]
+    z = torch.randn(4, 6, 4)
+    torch.testing.assert_close(best.losses(z, ids[:, None])["text"], best.losses(z, ids)["text"])
+    with pytest.raises(ValueError, match="got 3 captions per picture.*captions_by_length to 1"):
+        best.losses(z, ids[:, None].expand(-1, 3, -1))
+
+
+def test_a_step_copies_no_list_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each `torch.tensor(list)` is a copy that the step waits for; the first step may make them, once."""
+    tower = TextTower(fitted(), 32, 1, 2, 16)
+    captioner = PrefixCaptioner(64, 12, 6, 4, 32, 1, 2)
+    text = PrefixText(tower, PrefixReader(6, 4, 32, 16), SoftmaxContrast(), [1, 2, 6], captioner=captioner)
+    z, ids = torch.randn(4, 6, 4, requires_grad=True), text.vocabulary.encode(CAPTIONS)[0]
+    with torch.inference_mode():
+        text.losses(z, ids)
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a list was copied"))
+    parts = text.losses(z, ids)
+    (parts["text"] + parts["caption"]).backward()
+    assert z.grad is not None and z.grad.any()
+
+
+@pytest.mark.parametrize(("rows", "length", "said"), [(32, 12, "captioner.rows is 32"), (64, 9, "context_length is 9")])
+def test_a_captioner_of_another_vocabulary_is_refused(rows: int, length: int, said: str) -> None:
+    tower, reader = TextTower(fitted(), 32, 1, 2, 16), PrefixReader(6, 4, 32, 16)
+    with pytest.raises(ValueError, match=f"{said} but the tower's vocabulary has"):
+        PrefixText(tower, reader, SoftmaxContrast(), [1], captioner=PrefixCaptioner(rows, length, 6, 4, 32, 1, 2))
 
 
 @pytest.mark.parametrize("contrast", [SoftmaxContrast(), SigmoidContrast()])
@@ -157,3 +221,24 @@ def test_short_captions_are_for_short_prefixes() -> None:
     assert (found["text"] - changed["text"]).abs() > 1e-4, "the long caption reaches the longest prefix"
     assert (found["text"] - alone["text"]).abs() > 1e-4
     torch.testing.assert_close(text.losses(z, short[:, None])["text"], alone["text"])
+
+
+def test_the_share_of_text_rises_over_its_warmup() -> None:
+    """The gradient that text sends into the latents is `factor` times the balanced one; nothing else changes."""
+    z = torch.randn(6, 4, 3, requires_grad=True)
+    found: list[torch.Tensor] = []
+    for factor in (0.0, 0.5, 1.0):
+        balance = GradientBalance(0.1).train()
+        pixels, text = balance(z, factor)
+        z.grad = None
+        (5 * pixels.square().sum()).backward(retain_graph=True)
+        assert z.grad is not None
+        alone: torch.Tensor = z.grad.clone()
+        text.sum().backward()
+        found.append(z.grad - alone)
+    assert not found[0].any() and found[2].norm() == pytest.approx(0.1 * alone.norm().item(), rel=1e-4)
+    torch.testing.assert_close(found[1] * 2, found[2])
+    text_part = tiny_tokenizer().text_part()
+    assert [text_part.factor(step) for step in (0, 7, 1000)] == [1.0] * 3
+    text_part.warmup = 10
+    assert [text_part.factor(step) for step in (0, 5, 10, 1000)] == [0.0, 0.5, 1.0, 1.0]
