@@ -11,7 +11,7 @@ one expects, since held-out captions fix most of a picture:
   such training pictures, `reconstruction_real` of their reconstructions, `generated_real` of drawn ones. One n, one
   list of captions, one reference, so that generated over reconstruction (`generated_over_reconstruction`) compares like
   with like, and real_real is what a perfect sampler with a perfect tokenizer is left with.
-* `real_real`: the first training pictures, whatever their captions say.
+* `real_real`: training pictures drawn at random, whatever their captions say.
 
 A distance at finite n is too large by about c / n. `at_infinity` extrapolates as Chong & Forsyth 2020 ("Effectively
 unbiased FID", section 4) do: distances at several n, a straight line in 1 / n, its intercept; here with subsets of both
@@ -54,9 +54,11 @@ def distance_report(
     """
     n, reference = len(real["images"]), features(real["images"])
     drawn = {w: features(pictures) for w, pictures in generated.items()}
+    generator = torch.Generator().manual_seed(seed)
+    any_of_them = torch.randperm(len(images.split("train")), generator=generator)[:n].tolist()
     out: dict[str, Any] = {
         "n": n,
-        "real_real": frechet_distance(reference, features(images.arrays("train", n)["images"])),
+        "real_real": frechet_distance(reference, features(images.samples("train", any_of_them)["images"])),
         "reconstruction_real": frechet_distance(reference, features(recon)),
         "generated_real": {str(w): frechet_distance(reference, x) for w, x in drawn.items()},
         "precision_recall": {str(w): precision_recall(reference, x) for w, x in drawn.items()},
