@@ -265,7 +265,7 @@ class ImageDataModule(ShardDataModule):
         if self._foreign():  # of tars without a manifest their names and sizes are known
             paths = self.split(split).reader.paths
             names = {str(path.relative_to(self.data_dir)): path.stat().st_size for path in paths}
-        facts = [names, self.image_size, self.val_fraction, self.flip, self.seed]
+        facts = [names, self.image_size, self.val_fraction]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def open_split(self, split: str) -> ShardDataset:

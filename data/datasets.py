@@ -160,7 +160,7 @@ class ImageSet(ShardDataset):
 
     def __getitem__(self, plan: Batch) -> dict[str, Any]:
         batch = super().__getitem__(plan)
-        if not self.flip:
+        if not (self.flip and plan.augmented):
             return batch
         images, generator = batch["images"], torch.Generator()
         for i, sample in enumerate(plan.samples):

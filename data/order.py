@@ -33,6 +33,7 @@ class Batch:
     epoch: int
     first: int  # position of the global batch in the epoch
     samples: tuple[int, ...]
+    augmented: bool = True  # False: pictures as they are stored
 
 
 class BatchOrder(DistributedSampler[Batch]):
@@ -111,7 +112,7 @@ class ShardOrder(DistributedSampler[Batch]):
 
     Shard n holds samples [n * shard_size, (n + 1) * shard_size) in stored order, and rank r writes every world-th shard
     from r on. Batches end where shards end. So a shard has the same content, from the same batches, whichever rank
-    writes it and whatever was written before.
+    writes it and whatever was written before. What is written is not mirrored.
 
     Args:
         total: samples in the set.
@@ -146,7 +147,7 @@ class ShardOrder(DistributedSampler[Batch]):
         for number in self._numbers(self.rank):
             if number not in self.finished:
                 for samples in self._batches(number):
-                    yield Batch(0, samples.start, tuple(samples))
+                    yield Batch(0, samples.start, tuple(samples), augmented=False)
 
     def _numbers(self, rank: int) -> range:
         return range(rank, -(-self.total // self.shard_size), self.world)

@@ -130,7 +130,12 @@ def test_a_predict_that_was_limited_leaves_no_short_shard(scenes: Path, whole: P
     assert files(tmp_path) == files(whole)
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"precision": "bf16-mixed"}, {"data": {"flip": 0.5}}])
+def test_latents_are_of_pictures_as_they_are_stored(scenes: Path, whole: Path, tmp_path: Path) -> None:
+    predict(scenes, tmp_path, data={"flip": 1.0})
+    assert files(tmp_path) == files(whole)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"precision": "bf16-mixed"}])
 def test_of_another_origin_nothing_is_kept(scenes: Path, whole: Path, tmp_path: Path, other: dict[str, Any]) -> None:
     predict(scenes, tmp_path, **other)
     assert predict(scenes, tmp_path) == every_key(scenes)
