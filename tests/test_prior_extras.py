@@ -1,5 +1,7 @@
 """What a prior can do beside sampling: caption a line, classify by likelihood, distil its solver."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,7 +181,10 @@ def test_a_distilled_solver_ends_nearer_to_many_steps_than_midpoint(taught: Capt
     with pytest.raises(PriorError, match="other weights or statistics"):
         amed_main(["--run_dir", str(tmp_path)])
     write_latent_manifest(tmp_path / "latents", K, C, "0123456789abcdef")
-    loaded = Prior.from_pretrained(amed_main(["--run_dir", str(tmp_path), "--steps", "4"]))
+    command = [sys.executable, "-m", "stage2_prior.amed", "--run_dir", str(tmp_path), "--steps", "4"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = Prior.from_pretrained(tmp_path / "prior_amed")
     assert isinstance(loaded, CaptioningPrior) and isinstance(loaded.head, FlowHead)
     amed = loaded.head.solver
     assert isinstance(amed, AMED) and amed.evaluations == loaded.evaluations() == 4
