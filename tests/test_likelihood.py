@@ -1,5 +1,7 @@
 """Densities of the priors integrate to one and are causal; classification by likelihood on lines that are known."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from stage2_prior.likelihood import half_step_times, ode_log_prob
 from stage2_prior.likelihood_report import classification_report, likelihood_report
 from stage2_prior.masked import MaskedPrior
 from stage2_prior.noise_extended import NoiseExtendedPrior
+from stage2_prior.orders import LearnedOrder, RandomOrder, ReversedOrder
 from stage2_prior.prior import PriorError
 
 K, D = 3, 32
@@ -20,7 +23,7 @@ CAPTIONS = ["a red circle", "a cross", "a blue star"]
 PRIORS = [CausalPrior, MaskedPrior, NoiseExtendedPrior]
 
 
-def make(kind: type[Prior]) -> Prior:
+def make(kind: type[Prior], **options: Any) -> Prior:
     """A small prior of one channel with random weights, so that its densities are anything but normal."""
     torch.manual_seed(0)
     vocabulary = CaptionVocabulary(64, 12)
@@ -29,7 +32,7 @@ def make(kind: type[Prior]) -> Prior:
     more = {} if kind is NoiseExtendedPrior else {"head": FlowHead(HoistedNet(1, D, 24, 2))}
     if kind is MaskedPrior:
         more["sets"] = K  # type: ignore[assignment]
-    prior = kind(K, 1, vocabulary, backbone, **more)  # type: ignore
+    prior = kind(K, 1, vocabulary, backbone, **more, **options)  # type: ignore
     for parameter in prior.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -61,6 +64,40 @@ def test_a_latent_is_scored_given_the_caption_and_earlier_latents_only(kind: typ
         assert (after[:, j:] - before[:, j:]).abs().max(0).values.min() > 1e-3
     other = prior.log_prob(z, CAPTIONS[::-1], steps=4)
     assert (other - before)[[0, 2]].abs().min() > 1e-5  # the caption has a say
+
+
+@pytest.mark.parametrize(
+    ("order", "line"), [(LearnedOrder(), [0, 1, 2]), (ReversedOrder(), [2, 1, 0]), (RandomOrder(), [0, 1, 2])]
+)
+def test_a_latent_is_scored_in_its_own_place_given_what_its_order_put_before_it(
+    order: LearnedOrder, line: list[int]
+) -> None:
+    prior, z = make(CausalPrior, order=order), torch.randn(3, K, 1, generator=torch.Generator().manual_seed(1))
+    before = prior.log_prob(z, CAPTIONS, steps=4)
+    for i, j in enumerate(line):
+        changed = z.clone()
+        changed[:, j] += 0.5
+        moved = (prior.log_prob(changed, CAPTIONS, steps=4) - before).abs().max(0).values  # (K,)
+        assert (moved[line[:i]] < 1e-4).all() and (moved[line[i:]] > 1e-3).all()
+
+
+def test_a_reversed_prior_scores_a_line_as_the_plain_one_scores_it_reversed() -> None:
+    plain, reverse = make(CausalPrior), make(CausalPrior, order=ReversedOrder())
+    reverse.load_state_dict(plain.state_dict())
+    z = torch.randn(3, K, 1, generator=torch.Generator().manual_seed(1))
+    expected = plain.log_prob(z.flip(1), CAPTIONS, steps=4).flip(1)
+    torch.testing.assert_close(reverse.log_prob(z, CAPTIONS, steps=4), expected)
+    assert (plain.log_prob(z, CAPTIONS, steps=4) - expected).abs().max() > 1e-2  # control
+
+
+def test_a_density_leaves_nothing_to_chance_in_training_either() -> None:
+    """No context noise, no dropped captions: both belong to the training loss."""
+    prior = make(CausalPrior, context_noise=0.5, caption_dropout=1.0)
+    z = torch.randn(3, K, 1, generator=torch.Generator().manual_seed(1))
+    expected = prior.log_prob(z, CAPTIONS, steps=4)
+    prior.train()
+    assert torch.equal(prior.log_prob(z, CAPTIONS, steps=4), expected)
+    assert torch.equal(prior.log_prob(z, CAPTIONS, steps=4), expected)
 
 
 def test_a_density_is_found_to_the_solvers_error() -> None:

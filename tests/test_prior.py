@@ -157,20 +157,31 @@ def test_steps_counts_evaluations_of_the_head(prior: CausalPrior, steps: int) ->
 
 def test_sampling_in_bfloat16_is_near_float32(prior: CausalPrior) -> None:
     plain = prior.sample(CAPTIONS, generator=torch.Generator().manual_seed(1))
+    states: list[torch.Tensor] = []
+    prior.head.net.embed.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))  # type: ignore[union-attr]
     with torch.autocast("cpu", torch.bfloat16):
         z = prior.sample(CAPTIONS, generator=torch.Generator().manual_seed(1))
         assert prior.backbone.new_cache(1, 4).keys[0].dtype == torch.bfloat16  # nothing is converted in every step
     assert z.dtype == torch.float32
     assert (z - plain).abs().mean() < 0.1 < plain.abs().mean()
+    # The solver's state is float32 in value too: most of its numbers do not exist in bfloat16.
+    assert len(states) == 8 * K and {x.dtype for x in states} == {torch.float32}
+    assert all((x != x.bfloat16()).float().mean() > 0.7 for x in [*states, z])
 
 
 def test_checkpointing_changes_memory_and_nothing_else(prior: CausalPrior) -> None:
     z, text = torch.randn(3, K, C), prior.encode_text(CAPTIONS)
-    gradients = []
+    gradients, forwards = [], []
+    calls: list[int] = []
+    for block in prior.backbone.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
     for prior.backbone.checkpointing in (False, True):
         prior.zero_grad()
+        calls.clear()
         prior.losses(z, text, torch.Generator().manual_seed(1)).mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in prior.parameters() if p.grad is not None]))
+        forwards.append(len(calls))
+    assert forwards == [2, 4]  # every block is computed a second time, in the backward pass
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients)
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stage2_prior.diffusion import (
-    DDPM,
-)
+from stage1_tokenizer.flow import interpolate, logit_normal_times, stratified_uniform, velocity
+from stage2_prior.diffusion import DDPM, alpha_sigma
 from stage2_prior.diffusion_head import DiffusionHead
 from stage2_prior.head_nets import AdaLNNet, AddedConditionNet, HeadNet, HoistedNet
 from stage2_prior.heads import CleanOutput, FlowHead, Head, HeadError, MSEHead, NoiseOutput, VelocityOutput
@@ -69,10 +68,10 @@ def classifier_auc(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", TOYS)
 def test_a_trained_flow_head_cannot_be_told_from_the_toy(flow: Head, name: str) -> None:
     index, g = TOYS.index(name), torch.Generator().manual_seed(9)
-    real, ours = toy(name, 2000, g), draw(flow, index, 2000, steps=16)
+    real, ours = toy(name, 2000, g), draw(flow, index, 2000)  # by default: eight evaluations
     assert energy_p_value(real[:500], ours[:500]) > 0.01
-    assert classifier_auc(real, ours) < 0.56
-    cold = draw(flow, index, 2000, temperature=0.3, steps=16)  # control: wrong temperature
+    assert classifier_auc(real, ours) < 0.55
+    cold = draw(flow, index, 2000, temperature=0.3)  # control: wrong temperature
     assert energy_p_value(real[:500], cold[:500]) < 0.01 and classifier_auc(real, cold) > 0.6
 
 
@@ -187,17 +186,138 @@ def test_every_output_learns_the_same_velocity(output: VelocityOutput | CleanOut
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
 
-def test_draws_of_t_are_stratified_and_share_the_condition() -> None:
+def is_float32(x: Tensor) -> bool:
+    """Also in value: seven of ten numbers or more do not exist in bfloat16."""
+    return x.dtype == torch.float32 and bool((x != x.bfloat16()).float().mean() > 0.7)
+
+
+def small_head(output: VelocityOutput | CleanOutput | NoiseOutput) -> FlowHead:
+    torch.manual_seed(0)
+    head = FlowHead(HoistedNet(4, 8, width=16, depth=2), output)
+    for parameter in head.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.3)
+    return head
+
+
+@pytest.mark.parametrize("output", [VelocityOutput(), CleanOutput(), NoiseOutput()])
+def test_path_and_loss_stay_float32_under_autocast(output: VelocityOutput | CleanOutput | NoiseOutput) -> None:
+    """The network's answer alone is bfloat16: with it, x_t and t as recorded, the loss is that of a float32 path."""
+    head = small_head(output)
+    seen: dict[str, Tensor] = {}
+    head.net.embed.register_forward_pre_hook(lambda layer, inputs: seen.update(x_t=inputs[0]))
+    head.net.register_forward_hook(lambda layer, inputs, answer: seen.update(answer=answer))
+    original = head.net.time
+    head.net.time = lambda t: seen.update(t=t) or original(t)  # type: ignore[method-assign,assignment,func-returns-value]
+    cond, x = torch.randn(50, 8), torch.randn(50, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = head.loss(cond, x, torch.Generator().manual_seed(1))
+    assert seen["answer"].dtype == torch.bfloat16  # control: autocast is at work
+    x_t, t = seen["x_t"].squeeze(2), seen["t"]  # (S,M,C), (S,M,1)
+    assert is_float32(x_t) and is_float32(t) and is_float32(loss)
+    g = torch.Generator().manual_seed(1)
+    stratified_uniform(50, 4, g, torch.device("cpu"))  # what `loss` draws before the noise
+    noise = torch.randn(4, 50, 1, 4, generator=g).squeeze(2)
+    assert torch.equal(x_t, interpolate(x, noise, t))
+    v = head.output(x_t, seen["answer"].float().squeeze(2), t)
+    torch.testing.assert_close(loss, (v - velocity(x, noise)).square().mean(dim=(0, -1)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("output", [VelocityOutput(), CleanOutput(), NoiseOutput()])
+def test_the_solver_stays_float32_under_autocast(output: VelocityOutput | CleanOutput | NoiseOutput) -> None:
+    """Its state at every call, and its steps: replayed in float64 from the network's recorded answers."""
+    head, states, answers = small_head(output), [], []
+    head.net.embed.register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0]))
+    head.net.register_forward_hook(lambda layer, inputs, answer: answers.append(answer))
+    c, u = torch.randn(2, 50, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        z = head.sample(c, u, 1.7, generator=torch.Generator().manual_seed(1))
+    assert len(states) == 8 and all(is_float32(x) for x in [*states, z])
+    assert all(answer.dtype == torch.bfloat16 for answer in answers)  # control: autocast is at work
+    replay = iter(answers)
+
+    def field(x: Tensor, t: float) -> Tensor:
+        answer_c, answer_u = next(replay).double().chunk(2)
+        return head.output(x, answer_u + 1.7 * (answer_c - answer_u), t)
+
+    noise = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(z.double(), head.solver(field, noise.double()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_diffusion_stays_float32_under_autocast() -> None:
+    """Path, loss and chain, as of the flow head."""
+    torch.manual_seed(0)
+    head, states, answers = DiffusionHead(HoistedNet(4, 8, width=16, depth=2), solver=DDPM(5)), [], []
+    nn.init.normal_(head.net.out.weight, std=0.3)
+    head.net.embed.register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0]))
+    head.net.register_forward_hook(lambda layer, inputs, answer: answers.append(answer))
+    cond, x = torch.randn(50, 8), torch.randn(50, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = head.loss(cond, x, torch.Generator().manual_seed(1))
+        z = head.sample(cond, generator=torch.Generator().manual_seed(1))
+    assert len(states) == 1 + 5 and all(is_float32(x) for x in [*states, loss, z])
+    assert all(answer.dtype == torch.bfloat16 for answer in answers)  # control: autocast is at work
+    g = torch.Generator().manual_seed(1)
+    alpha, sigma = (a[..., None] for a in alpha_sigma(stratified_uniform(50, 4, g, torch.device("cpu"))))
+    noise = torch.randn(4, 50, 4, generator=g)
+    torch.testing.assert_close(states[0], alpha * x + sigma * noise, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss, (answers[0].float() - noise).square().mean(dim=(0, -1)), rtol=1e-5, atol=1e-6)
+
+
+def distance_to_uniform(u: Tensor) -> float:
+    """Kolmogorov's: of n uniform numbers it is below 1.95 / sqrt(n) but once in 1,000 times."""
+    steps = (torch.arange(u.numel()) + 0.5) / u.numel()
+    return (u.flatten().sort().values - steps).abs().max().item()
+
+
+def assert_stratified(u: Tensor) -> None:
+    """u (S,M) uniform in each column's S strata, one draw in each."""
+    draws, rows = u.shape
+    assert torch.equal((u * draws).long().sort(dim=0).values, torch.arange(draws)[:, None].expand(-1, rows))
+    assert distance_to_uniform((u * draws) % 1) < 1.95 / u.numel() ** 0.5  # and anywhere within its stratum
+    assert u.unique().numel() > 0.99 * u.numel()  # rows have draws of their own
+
+
+@pytest.mark.parametrize("draws", [1, 4, 5])
+def test_uniform_draws_fall_one_into_each_stratum(draws: int) -> None:
+    g, cpu = torch.Generator().manual_seed(3), torch.device("cpu")
+    assert_stratified(stratified_uniform(2000, draws, g, cpu))
+    with pytest.raises(AssertionError):
+        assert_stratified(torch.rand(4, 2000, generator=g))  # control: plain draws
+
+
+def test_logit_normal_times_have_their_quantiles() -> None:
+    g, cpu = torch.Generator().manual_seed(3), torch.device("cpu")
+    t = logit_normal_times(5000, 4, device=cpu, mean=0.7, std=1.5, generator=g)
+    assert t.shape == (4, 5000) and t.min() > 0 and t.max() < 1
+    at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    expected = torch.sigmoid(0.7 + 1.5 * torch.distributions.Normal(0, 1).icdf(at))
+    torch.testing.assert_close(t.flatten().quantile(at), expected, rtol=0, atol=0.01)
+    assert_stratified(torch.special.ndtr((t.double().logit() - 0.7) / 1.5))
+
+
+@pytest.mark.parametrize("kind", ["flow", "flow, moved", "diffusion"])
+def test_draws_of_t_are_stratified_and_share_the_condition(kind: str) -> None:
     calls: list[tuple[int, ...]] = []
+    times: list[Tensor] = []
 
     class Counting(AdaLNNet):
+        def time(self, t: Tensor) -> Tensor:
+            times.append(t)
+            return super().time(t)
+
         def condition(self, c: Tensor) -> Tensor:
             calls.append(tuple(c.shape))
             return super().condition(c)
 
-    head = FlowHead(Counting(2, 4), draws=4)
-    assert head.loss(torch.randn(6, 4), torch.randn(6, 2)).shape == (6,)
-    assert calls == [(6, 4)]
+    net, rows = Counting(2, 4, width=8, depth=1), 600
+    mean, std = (1.0, 0.5) if kind == "flow, moved" else (0.0, 1.0)
+    head = DiffusionHead(net, draws=4) if kind == "diffusion" else FlowHead(net, None, None, 4, mean, std)
+    generator = torch.Generator().manual_seed(3)
+    assert head.loss(torch.randn(rows, 4), torch.randn(rows, 2), generator).shape == (rows,)
+    assert calls == [(rows, 4)] and len(times) == 1
+    t = times[0].double().view(4, rows)
+    assert_stratified(t if kind == "diffusion" else torch.special.ndtr((t.logit() - mean) / std))
 
 
 def test_rows_that_share_their_times_must_fill_groups() -> None:

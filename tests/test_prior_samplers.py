@@ -1,8 +1,8 @@
 """Do the samplers draw from the right distribution? Closed forms and exact fields, each with a control that must fail.
 
 On the linear path a Gaussian target N(mu, s^2) has the exact velocity -mu + s_t' (x - (1-t) mu) / s_t with
-s_t^2 = (1-t)^2 s^2 + t^2, and the probability-flow map takes noise e to mu + s e. A mixture's velocity is the
-responsibility-weighted mean of its components' velocities.
+s_t^2 = (1-t)^2 s^2 + t^2, and the probability-flow map takes noise e to mu + s e. What a mixture's x_t says of its data
+and noise is the responsibility-weighted mean of what its components say, on any path x_t = a x + b noise.
 """
 
 import math
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from stage1_tokenizer.flow import noise_from_v, v_from_noise, v_from_x, x_from_v
 from stage2_prior import samplers
+from stage2_prior.amed import AMED
+from stage2_prior.diffusion import DDIM, DDPM, alpha_sigma_at
 from stage2_prior.samplers import Field, SamplerError, Solver
 
 MU, S = torch.tensor([0.5, -1.0, 0.0]).double(), torch.tensor([0.3, 0.7, 1.2]).double()
@@ -27,17 +29,28 @@ def gaussian_field(mu: Tensor, s: Tensor) -> Field:
     return field
 
 
+def mixture_ends(weights: Tensor, mu: Tensor, s: Tensor, x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Expected data and noise (M,C) at x = a data + b noise; weights (J,), mu and s (J,C), covariances diagonal."""
+    variance = (a * s) ** 2 + b**2  # (J,C)
+    squares = x**2 @ (1 / variance).T - 2 * a * x @ (mu / variance).T + (a**2 * mu**2 / variance).sum(-1)
+    r = (weights.log() - 0.5 * (squares + variance.log().sum(-1))).softmax(-1)  # (M,J)
+    to_data, to_noise = a * s**2 / variance, b / variance  # of a component's offset x - a mu
+    return r @ (mu - a * to_data * mu) + x * (r @ to_data), x * (r @ to_noise) - r @ (a * to_noise * mu)
+
+
 def mixture_field(weights: Tensor, mu: Tensor, s: Tensor) -> Field:
-    """weights (J,), mu and s (J,C) -> field of the mixture of Gaussians with diagonal covariances."""
+    """The velocity on the linear path."""
 
     def field(x: Tensor, t: float) -> Tensor:
-        variance = (1 - t) ** 2 * s**2 + t**2  # (J,C)
-        offset = x[:, None] - (1 - t) * mu  # (M,J,C)
-        log_r = weights.log() - 0.5 * (offset**2 / variance + variance.log()).sum(-1)  # (M,J)
-        each = -mu + (t - (1 - t) * s**2) / variance * offset  # (M,J,C)
-        return (log_r.softmax(-1)[..., None] * each).sum(1)  # (M,C)
+        data, e = mixture_ends(weights, mu, s, x, 1 - t, t)
+        return e - data
 
     return field
+
+
+def mixture_denoiser(weights: Tensor, mu: Tensor, s: Tensor) -> Field:
+    """The expected data on the cosine schedule, which the samplers of a diffusion ask for."""
+    return lambda x, t: mixture_ends(weights, mu, s, x, *alpha_sigma_at(t))[0]
 
 
 def noise(rows: int, channels: int, seed: int = 0) -> Tensor:
@@ -79,16 +92,20 @@ def test_error_falls_with_the_order_of_the_method(method: Callable[..., Tensor],
 
 # -- 2: an exact field with many modes --------------------------------------------------------------------------------
 
-SOLVERS = [
-    (samplers.Midpoint(), 0.12),
-    (samplers.Midpoint(steps=6), 0.1),
-    (samplers.Euler(steps=100), 0.1),
-    (samplers.MidTimeEuler(steps=20, power=1.5), 0.15),
-    (samplers.Heun(steps=12), 0.12),
-    (samplers.AdamsBashforth(steps=24), 0.12),
-    (samplers.DPMSolver2M(steps=24), 0.12),
-    (samplers.EulerMaruyama(steps=50, power=2.0), 0.12),
+SOLVERS: list[Solver] = [
+    samplers.Midpoint(),
+    samplers.Midpoint(steps=6),
+    samplers.Euler(steps=100),
+    samplers.MidTimeEuler(steps=30, power=1.5),
+    samplers.Heun(steps=12),
+    samplers.AdamsBashforth(steps=24),
+    samplers.DPMSolver2M(steps=24),
+    samplers.EulerMaruyama(steps=50, power=2.0),
+    AMED(steps=6),
+    DDIM(steps=100),
+    DDPM(steps=60, variance=0.5),  # at 0, the default, even 100 steps leave spreads a tenth too small
 ]
+STOCHASTIC = (samplers.EulerMaruyama, DDPM)
 MODES = 8
 
 
@@ -128,13 +145,14 @@ def judge(x: Tensor) -> tuple[float, float, float]:
     return ratio, (share - 1 / MODES).abs().sum().item() / 2, (spread - 1).abs().max().item()
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), SOLVERS, ids=[type(s).__name__ for s, _ in SOLVERS])
-def test_a_mixture_is_sampled_with_its_modes_and_spreads(solver: Solver, tolerance: float) -> None:
-    seeds = (1, 2, 3) if isinstance(solver, samplers.EulerMaruyama) else (1,)
-    for seed in seeds:
-        x = solver(mixture_field(*modes()), noise(6000, 16, seed), torch.Generator().manual_seed(seed))
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_a_mixture_is_sampled_with_its_modes_and_spreads(solver: Solver) -> None:
+    field = (mixture_denoiser if solver.asks == "data" else mixture_field)(*modes())
+    shares = 0.035 if solver.evaluations < 12 else 0.03  # four steps of midpoint misplace 1 sample in 30
+    for seed in (1, 2, 3) if isinstance(solver, STOCHASTIC) else (1,):
+        x = solver(field, noise(6000, 16, seed), torch.Generator().manual_seed(seed))
         ratio, total_variation, spread = judge(x)
-        assert ratio < 1.5 and total_variation < 0.04 and spread < tolerance, (ratio, total_variation, spread)
+        assert ratio < 1.5 and total_variation < shares and spread < 0.1, (ratio, total_variation, spread)
 
 
 def test_control_few_euler_steps_shrink_the_modes() -> None:
@@ -178,8 +196,11 @@ def test_control_scaling_the_injected_noise_alone_is_another_thing() -> None:
 # -- 8: cost ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [s for s, _ in SOLVERS], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 def test_evaluations_are_counted_right(solver: Solver) -> None:
+    if isinstance(solver, AMED):  # as distilled: every interval has a place of its own
+        solver = AMED(steps=6)
+        torch.nn.init.uniform_(solver.where, 0.2, 0.8, generator=torch.Generator().manual_seed(1))
     calls: list[float] = []
 
     def field(x: Tensor, t: float) -> Tensor:
