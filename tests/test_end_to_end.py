@@ -42,7 +42,8 @@ def stage2(*args: str) -> None:
 
 
 VARIANTS = sorted(p.stem for p in (CONFIGS / "variants").glob("*.yaml") if not p.stem.startswith("prior_"))
-EXTRA = {"adversarial": ["--model.adversarial.init_args.start_step=1"]}
+EXTRA = {v: ["--model.adversarial.init_args.start_step=1"] for v in ("adversarial", "adversarial_decoder")}
+FROZEN = ("flow_decoder", "adversarial_decoder")  # variants that tune the decoder of a run
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Path) -> None:
     configs = [f"--config={CONFIGS / 'stage1' / 'demo.yaml'}", f"--config={CONFIGS / 'variants' / (variant + '.yaml')}"]
     own = [f"--run_dir={tmp_path}", f"--data.data_dir={demo / 'data'}", "--model.statistics_images=16"]
-    own += [f"--model.init_from={demo / 'tokenizer'}"] if variant == "flow_decoder" else []
+    own += [f"--model.init_from={demo / 'tokenizer'}"] if variant in FROZEN else []
     if variant == "text_open_clip":
         part = "--model.tokenizer.init_args.text.init_args"
         own += [f"{part}.tower.init_args.checkpoint={tiny_clip(tmp_path)}", f"{part}.reader.init_args.embed_dim=24"]
@@ -68,9 +69,9 @@ def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Pa
         own += [f"{part}.tower.init_args.vocabulary.init_args.context_length=20"]
     stage1("fit", *configs, *own, *SHRUNK, *EXTRA.get(variant, []))
     tokenizer, base = (Tokenizer.from_pretrained(folder / "tokenizer") for folder in (tmp_path, demo))
-    if variant == "flow_decoder":
+    if variant in FROZEN:
         assert tokenizer.fingerprint == base.fingerprint, "a frozen latent space stays as it is"
-    assert tokenizer.spec != base.spec or variant in ("adversarial", "captions_by_length"), "other parts, or training"
+    assert tokenizer.spec != base.spec or variant in (*EXTRA, "captions_by_length"), "other parts, or training"
     metrics = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
     assert any("val/psnr_16" in line for line in metrics)
 
