@@ -80,6 +80,8 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     wanted = changes.get("model", {}).get("prior", {})
     assert wanted.get("class_path", prior.spec["class_path"]) == prior.spec["class_path"]
     assert subset(wanted.get("init_args", {}), prior.spec["init_args"])  # the overlay arrived
+    guidance = changes.get("model", {}).get("guidance")
+    assert guidance is None or cli.model.guidance.spec["class_path"] == guidance["class_path"]
     assert type(cli.datamodule).__name__ == ("PriorImageModule" if from_pictures else "PriorDataModule")
 
 
