@@ -92,10 +92,10 @@ class OpenClipTower(Spec, nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return F.normalize(self.transformer(self.clip_ids(ids)).float(), dim=-1)  # (B,E)
 
-    def tokens(self, ids: Tensor) -> Tensor:
-        """ids (B,L) -> features of every token (B,L,W), normalised, before they are pooled; W is `token_width`."""
+    def tokens(self, ids: Tensor, skip: int = 0) -> Tensor:
+        """ids (B,L) -> features of every token (B,L,W), as `token_features`; W is `token_width`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return token_features(self.transformer, self.clip_ids(ids))[:, : ids.shape[1]]
+            return token_features(self.transformer, self.clip_ids(ids), skip)[:, : ids.shape[1]]
 
     @property
     def token_width(self) -> int:
@@ -107,9 +107,22 @@ class OpenClipTower(Spec, nn.Module):
         return F.pad(self.clip_id[ids], (0, self.transformer.context_length - ids.shape[1]))
 
 
-def token_features(transformer: nn.Module, ids: Tensor) -> Tensor:
-    """What an open_clip text transformer computes for every token, (B,L) -> (B,L,W); it is left as it was."""
+def token_features(transformer: nn.Module, ids: Tensor, skip: int = 0) -> Tensor:
+    """What an open_clip text transformer computes for every token, (B,L) -> (B,L,W), normalised; it is left as it was.
+
+    skip: last blocks to leave out. What the last one answers for a token that is not pooled no loss has ever seen.
+    """
     text: Any = transformer
+    if skip:
+        found: list[Tensor] = []
+        block = text.transformer.resblocks[-1 - skip]
+        hook = block.register_forward_hook(lambda module, inputs, output: found.append(output))
+        try:
+            text(ids)
+        finally:
+            hook.remove()
+        x = found[0] if text.transformer.batch_first else found[0].transpose(0, 1)  # (B,L,W)
+        return F.layer_norm(x, x.shape[-1:])
     before, text.output_tokens = text.output_tokens, True
     try:
         features: Tensor = text(ids)[1]

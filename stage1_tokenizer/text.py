@@ -62,9 +62,9 @@ class TextTower(Spec, nn.Module):
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             return F.normalize(self.transformer(ids).float(), dim=-1)  # (B,E)
 
-    def tokens(self, ids: Tensor) -> Tensor:
-        """ids (B,L) -> features of every token (B,L,W), normalised, before they are pooled; W is `token_width`."""
-        return token_features(self.transformer, ids)
+    def tokens(self, ids: Tensor, skip: int = 0) -> Tensor:
+        """ids (B,L) -> features of every token (B,L,W), as `token_features`; W is `token_width`."""
+        return token_features(self.transformer, ids, skip)
 
     @property
     def token_width(self) -> int:

@@ -127,10 +127,19 @@ class TextTowerCondition(Spec, Condition):
         width: D.
         tower: built as the tokenizer's own (text.tower of its config), trained from scratch or a pretrained one of
             open_clip; its weights and vocabulary come from there.
+        skip: last blocks of the tower to leave out. A contrastive loss sees one pooled token: what the last block
+            answers for the others is what nobody asked it for, and the block before it often says more.
     """
 
-    def __init__(self, width: int, tower: TextTower | OpenClipTower):
+    def __init__(self, width: int, tower: TextTower | OpenClipTower, skip: int = 0):
         super().__init__()
+        blocks: Any = tower.transformer.transformer
+        if not 0 <= skip < len(blocks.resblocks):
+            raise ConditionError(
+                f"got skip={skip} for a text tower of {len(blocks.resblocks)} blocks, wanted 0 to"
+                f" {len(blocks.resblocks) - 1}: one must be left."
+            )
+        self.skip = skip
         self.width, self.context_length = width, tower.vocabulary.context_length
         self.null = tower.vocabulary.rows
         self.tower = tower.requires_grad_(False)
@@ -159,7 +168,7 @@ class TextTowerCondition(Spec, Condition):
     def forward(self, ids: Tensor) -> Tensor:
         nobody = ids == self.null
         with torch.no_grad():
-            features = self.tower.tokens(ids.masked_fill(nobody, END))  # (B,L,W)
+            features = self.tower.tokens(ids.masked_fill(nobody, END), self.skip)  # (B,L,W)
         return torch.where(nobody[..., None], self.nobody, self.into(features).to(self.nobody.dtype))  # (B,L,D)
 
 

@@ -150,6 +150,26 @@ def test_token_features_are_those_of_the_tower_and_see_no_padding() -> None:
     torch.testing.assert_close(alone[0], rows[0, : int(mask[0].sum())], rtol=0, atol=1e-5)
 
 
+def test_last_blocks_of_the_tower_may_be_left_out() -> None:
+    vocabulary = CaptionVocabulary(rows=32, context_length=12)
+    vocabulary.fit(CAPTIONS)
+    tower = TextTower(vocabulary, width=32, layers=2, heads=2, embed_dim=16)
+    awaken(tower)
+    condition = TextTowerCondition(D, tower, skip=1)
+    ids, _ = condition.encode(CAPTIONS)
+    with torch.no_grad():
+        text: Any = tower.transformer
+        x, mask = text._embeds(ids)
+        first = text.transformer.resblocks[0](x, attn_mask=mask)
+        wanted = torch.nn.functional.layer_norm(first, (32,))
+        torch.testing.assert_close(condition(ids), condition.into(wanted), rtol=0, atol=1e-5)
+        assert (tower.tokens(ids) - wanted).abs().max() > 0.1
+        assert tower.tokens(ids).shape == tower.tokens(ids, 1).shape  # no hook stays behind
+    for skip in (-1, 2):
+        with pytest.raises(ConditionError, match="one must be left"):
+            TextTowerCondition(D, tower, skip)
+
+
 def test_the_tower_is_frozen_and_its_map_is_trained() -> None:
     prior = make(CausalPrior, text_tower(), dropout=0.0).train()
     before = {n: p.clone() for n, p in prior.words.tower.state_dict().items()}
