@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.layers import decayed, embedding
+from stage1_tokenizer.layers import MATRIX, embedding, mark
 from stage1_tokenizer.open_clip_tower import OpenClipTower
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text import TextTower
@@ -143,7 +143,8 @@ class TextTowerCondition(Spec, Condition):
         self.width, self.context_length = width, tower.vocabulary.context_length
         self.null = tower.vocabulary.rows
         self.tower = tower.requires_grad_(False)
-        self.into = decayed(nn.Linear(tower.token_width, width))
+        self.into = nn.Linear(tower.token_width, width)
+        mark(self.into.weight, MATRIX)  # features are correlated: under AdamW words of two objects stay mixed up
         nn.init.normal_(self.into.weight, std=WORD_STD * tower.token_width**-0.5)
         self.nobody = embedding(width, std=WORD_STD)
 
