@@ -144,6 +144,7 @@ class TextTowerCondition(Spec, Condition):
         self.null = tower.vocabulary.rows
         self.tower = tower.requires_grad_(False)
         self.into = nn.Linear(tower.token_width, width)
+        assert isinstance(self.into.weight, nn.Parameter), "a fresh layer's"
         mark(self.into.weight, MATRIX)  # features are correlated: under AdamW words of two objects stay mixed up
         nn.init.normal_(self.into.weight, std=WORD_STD * tower.token_width**-0.5)
         self.nobody = embedding(width, std=WORD_STD)
