@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,22 +36,14 @@ TRAINING_BYTES = 2**31  # of pictures in memory while a classifier is trained
 HELD_BACK = 2000  # training pictures set aside for the stopping decision
 
 
-class Pictures(Protocol):
-    """The samples of a split: how many there are, and any of them as one batch."""
-
-    def __len__(self) -> int: ...
-
-    def stored(self, samples: list[int]) -> dict[str, Any]: ...
-
-    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]: ...
-
-
 class PictureData(Protocol):
     """What a report asks of a data module: the samples of a split, and where they lie on disk."""
 
     data_dir: str
 
-    def split(self, split: str) -> Pictures: ...
+    def split(self, split: str) -> Sized: ...
+
+    def samples(self, split: str, rows: list[int]) -> dict[str, Any]: ...
 
 
 def draw_training(datamodule: PictureData, limit: int, seed: int) -> dict[str, Any]:
@@ -60,9 +52,9 @@ def draw_training(datamodule: PictureData, limit: int, seed: int) -> dict[str, A
     Stored order would not do, neither for a part of the split nor for a part of the batch: pictures from class folders
     lie class by class, and the first of them are of a few classes only.
     """
-    pictures = datamodule.split("train")
-    rows = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:limit]
-    return pictures.finish(pictures.stored(rows.tolist()), torch.device("cpu"))
+    total = len(datamodule.split("train"))
+    rows = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit]
+    return datamodule.samples("train", rows.tolist())
 
 
 def _conv(n_in: int, n_out: int, stride: int = 1, kernel: int = 3, pool: int = 1) -> nn.Sequential:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from data.datamodule import ImageDataModule
+from stage1_tokenizer.classifier import draw_training
 from stage1_tokenizer.frechet import frechet_distance, precision_recall
 from stage2_prior.contract import LatentSpace
 from stage2_prior.prior_data import longest
@@ -54,11 +55,9 @@ def distance_report(
     """
     n, reference = len(real["images"]), features(real["images"])
     drawn = {w: features(pictures) for w, pictures in generated.items()}
-    generator = torch.Generator().manual_seed(seed)
-    any_of_them = torch.randperm(len(images.split("train")), generator=generator)[:n].tolist()
     out: dict[str, Any] = {
         "n": n,
-        "real_real": frechet_distance(reference, features(images.samples("train", any_of_them)["images"])),
+        "real_real": frechet_distance(reference, features(draw_training(images, n, seed)["images"])),
         "reconstruction_real": frechet_distance(reference, features(recon)),
         "generated_real": {str(w): frechet_distance(reference, x) for w, x in drawn.items()},
         "precision_recall": {str(w): precision_recall(reference, x) for w, x in drawn.items()},

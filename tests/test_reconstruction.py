@@ -23,24 +23,7 @@ from stage1_tokenizer.reconstruction_text import caption_bits, text_metrics
 from stage1_tokenizer.text import MaxOverQueries, PrefixReader, PrefixText, QueryReader, SoftmaxContrast, TextTower
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.vocabulary import CaptionVocabulary
-
-
-class Stored:
-    """A split with the methods of a data set."""
-
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields = fields
-
-    def __len__(self) -> int:
-        return len(self.fields["images"])
-
-    def stored(self, samples: list[int]) -> dict[str, Any]:
-        return {
-            n: v[samples] if isinstance(v, torch.Tensor) else [v[i] for i in samples] for n, v in self.fields.items()
-        }
-
-    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-        return batch
+from tests.tiny import rows_of
 
 
 class FakeData:
@@ -60,8 +43,11 @@ class FakeData:
                 "labels": torch.full((len(scenes[rows]),), -1),
             }
 
-    def split(self, split: str) -> "Stored":
-        return Stored(self.splits[split])
+    def split(self, split: str) -> torch.Tensor:
+        return self.splits[split]["images"]
+
+    def samples(self, split: str, rows: list[int]) -> dict[str, Any]:
+        return rows_of(self.splits[split], rows)
 
     def test_dataloader(self) -> Iterator[dict[str, Any]]:
         val = self.splits["val"]

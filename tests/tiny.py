@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -71,3 +72,8 @@ def tiny_clip(folder: Path) -> Path:
     torch.manual_seed(3)
     save_file(open_clip.create_model(TINY_CLIP).state_dict(), folder / "clip.safetensors")
     return folder / "clip.safetensors"
+
+
+def rows_of(fields: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Some samples of a batch, as a data module's `samples` gives them."""
+    return {n: v[rows] if isinstance(v, torch.Tensor) else [v[i] for i in rows] for n, v in fields.items()}
