@@ -161,6 +161,13 @@ class Backbone(Spec, nn.Module):
 class RotaryBackbone(Backbone):
     """Transformer with rotary positions, RMSNorm and SwiGLU. Arguments as `Backbone`; positions have no table."""
 
+    def __init__(
+        self, width: int = 128, depth: int = 4, heads: int = 2, max_tokens: int = 96, checkpointing: bool = False
+    ):
+        if width % (2 * heads):
+            raise ValueError(f"got width {width} and {heads} heads, wanted heads of an even width, which is turned.")
+        super().__init__(width, depth, heads, max_tokens, checkpointing)
+
     def norm_layer(self) -> nn.Module:
         return nn.RMSNorm(self.width)
 
@@ -169,13 +176,6 @@ class RotaryBackbone(Backbone):
 
     def positions(self) -> nn.Parameter | None:
         return None
-
-    def __init__(
-        self, width: int = 128, depth: int = 4, heads: int = 2, max_tokens: int = 96, checkpointing: bool = False
-    ):
-        if width % (2 * heads):
-            raise ValueError(f"got width {width} and {heads} heads, wanted heads of an even width, which is turned.")
-        super().__init__(width, depth, heads, max_tokens, checkpointing)
 
     def turn(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         half = self.width // self.heads // 2

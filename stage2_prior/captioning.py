@@ -23,6 +23,7 @@ from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.heads import Head
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line
 from stage2_prior.prior import CausalPrior
+from stage2_prior.prior_data import longest
 
 EXAMPLES = 10  # readings that a report shows
 
@@ -141,7 +142,7 @@ def captioning_report(prior: Prior, z: Tensor, captions: list[list[str]], batch_
     read, nats = [], []
     for lines, said in zip(z.split(batch_size), chunks(captions, batch_size), strict=True):
         read += prior.caption(lines)
-        text = Text(*vocabulary.encode([max(c, key=len, default="") for c in said]))
+        text = Text(*vocabulary.encode([longest(c) for c in said]))
         nats.append(prior.caption_losses(lines, text).cpu())
     right = [r in c for r, c in zip(read, own, strict=True)]
     by_chance = [r in c for r, c in zip(read, own[1:] + own[:1], strict=True)]

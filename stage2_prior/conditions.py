@@ -26,6 +26,7 @@ from stage1_tokenizer.open_clip_tower import OpenClipTower
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text import TextTower
 from stage1_tokenizer.vocabulary import END, CaptionVocabulary
+from stage2_prior.prior_data import longest
 
 WORD_STD = 0.7
 PROBE = 1000  # training samples whose labels are checked before the first step
@@ -75,7 +76,7 @@ class Condition(nn.Module):
 
     def ask(self, captions: list[str], label: int) -> str:
         """What a sample with these captions and this label (-1: none) is asked for with; "" where nothing says so."""
-        return max(captions, key=len, default="")
+        return longest(captions)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B,L), `null` among them -> rows (B,L,D)."""
