@@ -1,0 +1,26 @@
+"""Parts of small priors, of real classes, that the tests of several kinds of prior share."""
+
+import torch
+
+from stage1_tokenizer.vocabulary import CaptionVocabulary
+from stage2_prior import Prior
+from stage2_prior.backbone import Backbone
+from stage2_prior.head_nets import HoistedNet
+from stage2_prior.heads import FlowHead, Head
+
+K, C, D = 6, 4, 32
+CAPTIONS = ["a red circle", "a large blue square above a small green star", "a cross"]
+
+
+def parts(k: int = K, c: int = C, width: int = D, depth: int = 2) -> tuple[CaptionVocabulary, Backbone, Head]:
+    torch.manual_seed(0)
+    vocabulary = CaptionVocabulary(rows=64, context_length=12)
+    vocabulary.fit(CAPTIONS)
+    return vocabulary, Backbone(width, depth, heads=2, max_tokens=12 + k), FlowHead(HoistedNet(c, width, 24, 2))
+
+
+def awake(prior: Prior) -> Prior:
+    for parameter in prior.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return prior.eval()
