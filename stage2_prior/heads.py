@@ -16,6 +16,7 @@ Choices, with reasons:
 Letters: M rows, C latent channels, D condition width, S draws of t.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from stage1_tokenizer.layers import decayed
 from stage1_tokenizer.spec import Spec
 from stage2_prior.guidance import ALWAYS
 from stage2_prior.head_nets import HeadNet
-from stage2_prior.samplers import Midpoint, Solver, check_solver
+from stage2_prior.samplers import Field, Midpoint, Solver, check_solver
 
 
 class HeadError(ValueError):
@@ -114,7 +115,10 @@ class SolverHead(Head):
         return torch.lerp(answer_u, answer_c, guidance)
 
     def plan(self, steps: int | None = None) -> Plan:
-        solver = self.solver if steps is None else self.solver.with_evaluations(steps)
+        return self.plan_with(self.solver if steps is None else self.solver.with_evaluations(steps))
+
+    def plan_with(self, solver: Solver) -> Plan:
+        """`plan` for another solver than the head's own."""
         times = solver.times()
         rows = self.net.time(torch.tensor(times, device=self.net.out.weight.device))  # (T,·)
         return Plan(solver, dict(zip(times, rows, strict=True)), len(times))
@@ -131,20 +135,36 @@ class SolverHead(Head):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         plan = self.plan() if plan is None else plan
+        field = self.field_of(cond, uncond, guidance, interval, plan.table.__getitem__)
+        noise = torch.randn(len(cond), self.latent_dim, generator=generator, device=cond.device) * temperature
+        assert plan.solver is not None, "the plan of a head with a solver"
+        return plan.solver(field, noise, generator, temperature)
+
+    def field_of(
+        self,
+        cond: Tensor,
+        uncond: Tensor | None = None,
+        guidance: float = 1.0,
+        interval: tuple[float, float] = ALWAYS,
+        time_of: Callable[[float], Tensor] | None = None,
+    ) -> Field:
+        """What a solver walks along, given condition rows (M,D). `time_of`: t -> the network's time, or None."""
         rows = guided_rows(cond, uncond, guidance, interval)
         condition = self.net.condition(rows)  # (M,·) or, guided, (2M,·)
         m, guided = len(cond), len(rows) > len(cond)
+        if time_of is None:
+
+            def time_of(t: Tensor | float) -> Tensor:
+                return self.net.time(torch.as_tensor(t, dtype=torch.float32, device=cond.device))
 
         def field(x: Tensor, t: float) -> Any:
-            time = plan.table[t]
+            time = time_of(t)
             if not (guided and interval[0] <= t <= interval[1]):
                 return self.field(x, self.net(x, time, condition[:m]).float(), t)
             answer_c, answer_u = self.net(torch.cat([x, x]), time, condition).float().chunk(2)
             return self.field(x, self.guided(answer_c, answer_u, guidance), t)
 
-        noise = torch.randn(m, self.latent_dim, generator=generator, device=cond.device) * temperature
-        assert plan.solver is not None, "the plan of a head with a solver"
-        return plan.solver(field, noise, generator, temperature)
+        return field
 
 
 class VelocityOutput(Spec, nn.Module):
