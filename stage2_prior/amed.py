@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--run_dir", type=Path, required=True, help="run with prior/ and latents/")
     parser.add_argument("--steps", type=int, default=4, help="evaluations of the head per latent, even")
     parser.add_argument(
-        "--guidances", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales that it will sample with"
+        "--guidances", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="scales that it will sample with"
     )
     parser.add_argument("--lines", type=int, default=500, help="held-out lines whose condition rows are used")
     parser.add_argument("--seed", type=int, default=0)
