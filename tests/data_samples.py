@@ -99,3 +99,18 @@ def contents(out: Path) -> dict[str, bytes]:
     """Return the bytes of every shard, size list, drop list and manifest."""
     wanted = [*out.glob("*/*.tar"), *out.glob("*/sizes.json"), out / "manifest.json", out / "dropped.jsonl"]
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(wanted)}
+
+
+def foreign(root: Path) -> Path:
+    """Tars as img2dataset leaves them: no manifest, captions in txt and json, jpg pictures, members to ignore."""
+    for shard in range(2):
+        members = []
+        for i in range(20):
+            key = f"{shard:05d}{i:04d}"
+            members += [(f"{key}.jpg", encoded(photo(i))), (f"{key}.txt", f"text {key}".encode())]
+            members += [
+                (f"{key}.json", json.dumps({"caption": f"text {key}", "url": "x"}).encode()),
+                (f"{key}.pkl", b"x"),
+            ]
+        tar_of(root / f"{shard:05d}.tar", members)
+    return root

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -26,10 +25,9 @@ from data.scenes import Scenes
 from data.schema import DataError
 from data.shards import ShardReader, ShardWriter, index_tar, member_places
 from data.sources import SourceConfig
-from data.streaming import StreamDataModule
 from data.transforms import to_pixels, to_unit_range
 from data.verify import verify
-from tests.data_samples import encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
+from tests.data_samples import encoded, flickr_folder, foreign, photo, prepared, records_in, tar_of
 
 
 @pytest.fixture(scope="module")
@@ -350,21 +348,6 @@ def test_the_training_loader_of_open_clip_reads_our_shards(tmp_path: Path, monke
     assert images.shape == (8, 16, 16, 3) and texts.shape == (8, 1)
 
 
-def foreign(root: Path) -> Path:
-    """Tars as img2dataset leaves them: no manifest, captions in txt and json, jpg pictures, members to ignore."""
-    for shard in range(2):
-        members = []
-        for i in range(20):
-            key = f"{shard:05d}{i:04d}"
-            members += [(f"{key}.jpg", encoded(photo(i))), (f"{key}.txt", f"text {key}".encode())]
-            members += [
-                (f"{key}.json", json.dumps({"caption": f"text {key}", "url": "x"}).encode()),
-                (f"{key}.pkl", b"x"),
-            ]
-        tar_of(root / f"{shard:05d}.tar", members)
-    return root
-
-
 def test_tars_of_img2dataset_are_read_in_place(tmp_path: Path) -> None:
     data = module(foreign(tmp_path), val_fraction=0.2)
     data.setup()
@@ -372,54 +355,3 @@ def test_tars_of_img2dataset_are_read_in_place(tmp_path: Path) -> None:
     assert len(train["keys"]) + len(val["keys"]) == 40 and not set(train["keys"]) & set(val["keys"])
     assert all(captions == [f"text {key}"] for key, captions in zip(train["keys"], train["captions"], strict=True))
     assert train["images"].shape[1:] == (3, 16, 16)
-
-
-# ---- streaming
-
-
-def stream(path: Path, **options: Any) -> StreamDataModule:
-    options = {"batch_size": 5, "image_size": 16, "steps_per_epoch": 8, "shuffle_buffer": 20, **options}
-    return StreamDataModule([str(path / "*.tar")], **options)
-
-
-def keys_of(loader: Any) -> list[str]:
-    return [key for batch in loader for key in batch["keys"]]
-
-
-def test_a_stream_repeats_with_its_seed_and_differs_by_epoch(tmp_path: Path) -> None:
-    foreign(tmp_path)
-    loader = stream(tmp_path).train_dataloader()
-    first, second = keys_of(loader), keys_of(loader)
-    assert len(first) == len(second) == 40 and first != second
-    assert first == keys_of(stream(tmp_path).train_dataloader()) != keys_of(stream(tmp_path, seed=1).train_dataloader())
-
-
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_a_stream_has_its_steps_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
-    loader = stream(foreign(tmp_path), num_workers=workers).train_dataloader()
-    batches = list(loader)
-    assert len(batches) == 8 == len(loader)
-    for batch in batches:
-        assert batch["images"].shape == (5, 3, 16, 16) and -1 <= batch["images"].min() < batch["images"].max() <= 1
-        assert batch["captions"] == [[f"text {key}"] for key in batch["keys"]]
-
-
-def test_a_stream_counts_what_it_cannot_read_and_ends_above_its_limit(tmp_path: Path) -> None:
-    foreign(tmp_path)
-    broken = [("x1.txt", b"no picture"), ("x2.jpg", b"not a picture"), ("x3.jpg", encoded(photo(1))[:500])]
-    tar_of(tmp_path / "00002.tar", broken)
-    (tmp_path / "00003.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:3000])
-    loader = stream(tmp_path, steps_per_epoch=30).train_dataloader()
-    assert len(keys_of(loader)) == 150 and loader.dataset.errors > 4  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match="more than 3 unreadable"):
-        keys_of(stream(tmp_path, steps_per_epoch=30, most_errors=3).train_dataloader())
-    with pytest.raises(DataError, match="would run a command"):
-        StreamDataModule(["pipe:cat x.tar"])
-    with pytest.raises(DataError, match="no tar at"):
-        StreamDataModule([str(tmp_path / "nothing-*.tar")])
-
-
-def test_a_stream_validates_on_an_indexed_directory(scenes: Path, tmp_path: Path) -> None:
-    data = stream(foreign(tmp_path), val_dir=str(scenes))
-    wanted = [key for split, key, _ in samples_in(scenes) if split == "val"]
-    assert keys_of(data.val_dataloader()) == wanted
