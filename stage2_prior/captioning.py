@@ -77,10 +77,12 @@ class CaptioningPrior(CausalPrior):
         self.next_word = decayed(nn.Linear(backbone.width, vocabulary.rows))
         nn.init.zeros_(self.next_word.weight)
 
-    def objective(self, z: Tensor, text: Text, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def objective(
+        self, z: Tensor, text: Text, generator: torch.Generator | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
         parts = {}
         if self.latent_weight:
-            parts = {"latents": self.latent_weight * self.losses(z, text, generator).mean()}
+            parts = {"latents": self.latent_weight * super().objective(z, text, generator, weights)["latents"]}
         n = max(1, round(self.caption_share * len(z)))
         chosen = Text(text.ids[:n], text.text_mask[:n])
         return parts | {"caption": self.caption_weight * self.caption_losses(z[:n], chosen, generator).mean()}

@@ -85,9 +85,12 @@ class Prior(Spec, nn.Module):
         """z (B,K,C) standardised, text of B captions -> (B,K) loss of each latent."""
         raise NotImplementedError
 
-    def objective(self, z: Tensor, text: Text, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Parts of the training loss by name; their sum is minimised."""
-        return {"latents": self.losses(z, text, generator).mean()}
+    def objective(
+        self, z: Tensor, text: Text, generator: torch.Generator | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Parts of the training loss by name; their sum is minimised. weights (K,): of the latents, by position."""
+        losses = self.losses(z, text, generator)  # (B,K)
+        return {"latents": (losses if weights is None else losses * weights).mean()}
 
     def sample(
         self,

@@ -35,6 +35,8 @@ class LitPrior(pl.LightningModule):
         lr, matrix_lr: learning rates of AdamW and of Muon (block matrices).
         weight_decay: of AdamW, on the parameters marked for it: linear maps outside the blocks.
         warmup_steps, flat_fraction: of the schedule (`optim.warmup_flat_cosine`).
+        position_decay: the loss of latent i = 1..K counts i^-decay (of mean 1); 0 counts all alike. In an ordered line
+            the first latents hold the picture and the last little but noise, whose gradients drown the others'.
         long_captions: share of training samples that use their longest caption; the others draw one of all.
         guidance, steps, temperature: of `predict`; see `Prior.sample`.
         tokenizer_dir: exported tokenizer, for test and predict, and for training on pictures or with its text tower;
@@ -50,6 +52,7 @@ class LitPrior(pl.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 30,
         flat_fraction: float = 0.3,
+        position_decay: float = 0.0,
         long_captions: float = 0.75,
         guidance: float | Guidance = 2.0,
         steps: int | None = None,
@@ -60,9 +63,14 @@ class LitPrior(pl.LightningModule):
         super().__init__()
         if not 0 <= long_captions <= 1:
             raise PriorError(f"got long_captions={long_captions}, wanted a share from 0 to 1.")
+        if not 0 <= position_decay < float("inf"):
+            raise PriorError(f"got position_decay={position_decay}, wanted an exponent of at least 0.")
         self.prior = prior
         self.lr, self.matrix_lr, self.weight_decay = lr, matrix_lr, weight_decay
         self.warmup_steps, self.flat_fraction, self.long_captions = warmup_steps, flat_fraction, long_captions
+        weights = position_weights(prior.num_latents, position_decay) if position_decay else None
+        self.register_buffer("position_weights", weights, persistent=False)
+        self.position_weights: Tensor | None
         self.guidance, self.steps, self.temperature = guidance, steps, temperature
         self.tokenizer_dir, self.report = tokenizer_dir, report or GenerationReport()
         self.run_dir, self.stage_dir = Path("."), Path(".")  # given by the command line
@@ -184,7 +192,7 @@ class LitPrior(pl.LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         mean, std = self.posterior(batch)
         z = mean + std * torch.randn_like(mean)  # (B,K,C)
-        parts = self.prior.objective(z, self.text(batch, self.long_captions))
+        parts = self.prior.objective(z, self.text(batch, self.long_captions), weights=self.position_weights)
         loss = torch.stack(list(parts.values())).sum()
         self.log("train/loss", loss.detach(), prog_bar=True)
         if len(parts) > 1:
@@ -247,6 +255,12 @@ class LitPrior(pl.LightningModule):
                 write_listing(folder / "captions.json", json.loads(listing.read_text(encoding="utf-8")))
                 listing.unlink()
             print(f"pictures: {self.run_dir / 'images'}, with their captions in captions.json", flush=True)
+
+
+def position_weights(num_latents: int, decay: float) -> Tensor:
+    """(K,) i^-decay for i = 1..K, of mean 1."""
+    weights = torch.arange(1, num_latents + 1, dtype=torch.float32) ** -decay
+    return weights / weights.mean()
 
 
 def write_listing(path: Path, named: dict[str, str]) -> None:

@@ -8,9 +8,11 @@ import torch
 from stage1_tokenizer.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.backbone import Backbone, RotaryBackbone
+from stage2_prior.captioning import CaptioningPrior
 from stage2_prior.guidance import FallingGuidance, Guidance, RisingGuidance
 from stage2_prior.head_nets import AdaLNNet, HoistedNet
 from stage2_prior.heads import FlowHead, MSEHead
+from stage2_prior.lit_prior import LitPrior
 from stage2_prior.masked import MaskedPrior
 from stage2_prior.prior import PriorError
 
@@ -300,3 +302,28 @@ def test_the_sum_of_words_reaches_the_line_past_the_transformer(kind: type[Causa
     torch.nn.init.normal_(prior.word_sum.weight)
     change = (rows(CAPTIONS) - rows(other)).abs().amax(-1)  # (B,K)
     assert change[2].min() > 1e-3 and change[:2].max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", [CausalPrior, CaptioningPrior])
+def test_a_latent_counts_by_its_position_in_training(kind: type[CausalPrior], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vocabulary = CaptionVocabulary(rows=64, context_length=16)
+    vocabulary.fit(CAPTIONS)
+    prior = kind(K, C, vocabulary, Backbone(D, 1, 2, max_tokens=48), FlowHead(HoistedNet(C, D, 24, 1)), 0.0)
+    if isinstance(prior, CaptioningPrior):
+        prior.caption_weight = 0.0
+    lit = LitPrior(prior, position_decay=2.0)
+    weights = lit.position_weights
+    assert weights is not None and "position_weights" not in lit.state_dict()
+    torch.testing.assert_close(weights / weights[0], torch.tensor([1 / i**2 for i in range(1, K + 1)]))
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    monkeypatch.setattr(lit, "log", lambda *args, **kw: None)
+    monkeypatch.setattr(lit, "log_dict", lambda *args, **kw: None)
+    losses = torch.arange(1.0, 3 * K + 1).view(3, K)
+    monkeypatch.setattr(prior, "losses", lambda *args: losses)
+    batch = {"latents": torch.randn(3, K, C), "latents_std": torch.zeros(3, K, C), "labels": torch.full((3,), -1)}
+    asked = lit.training_step(batch | {"captions": [[c] for c in CAPTIONS]}, 0)["loss"]
+    torch.testing.assert_close(asked.detach(), (losses * weights).mean())
+    assert LitPrior(prior).position_weights is None
+    with pytest.raises(PriorError, match="position_decay=-1"):
+        LitPrior(prior, position_decay=-1.0)
