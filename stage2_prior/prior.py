@@ -43,9 +43,6 @@ class CausalPrior(Prior):
             (the model is told how much), so that its own small errors are nothing new to it when it samples.
         word_sum: also add the sum of the caption's words to every token of the line (see `WordSum`): for captions with
             words that are rare and yet decide.
-        pause_tokens: learned tokens between the caption and the line that answer nothing (Goyal et al. 2024, "Think
-            before you speak"). The first latent of an ordered line holds most of the picture and is asked for first:
-            each gives it another row of every layer to work in.
     """
 
     def __init__(
@@ -60,13 +57,10 @@ class CausalPrior(Prior):
         context_noise: float = 0.0,
         condition: Condition | None = None,
         word_sum: bool = False,
-        pause_tokens: int = 0,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
         words = words_of(vocabulary, condition, backbone.width)
-        if pause_tokens < 0:
-            raise PriorError(f"got pause_tokens={pause_tokens}, wanted a number of tokens, 0 for none.")
-        check_parts(head, backbone, latent_dim, words.context_length + pause_tokens + num_latents)
+        check_parts(head, backbone, latent_dim, words.context_length + num_latents)
         if not 0 <= context_noise < float("inf"):
             raise PriorError(f"got context_noise={context_noise}, wanted a standard deviation of at least 0.")
         self.backbone, self.head, self.context_noise = backbone, head, context_noise
@@ -79,7 +73,6 @@ class CausalPrior(Prior):
         self.target = embedding(num_latents, backbone.width, std=WORD_STD) if self.order.varies else None
         self.noise_level = embedding(backbone.width) if context_noise else None
         self.word_sum = WordSum(words) if word_sum else None
-        self.pauses = embedding(pause_tokens, backbone.width, std=WORD_STD) if pause_tokens else None  # (P,D)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -117,21 +110,14 @@ class CausalPrior(Prior):
             tokens = tokens + self.target[order]
         if self.word_sum is not None:
             tokens = tokens + self.word_sum(text.ids, text.text_mask)
-        x = torch.cat([self.asked(text.ids), tokens], dim=1)  # (B,L+P+K,D)
-        return self.backbone(x, *self.layout(text))[:, -self.num_latents :]  # (B,K,D)
+        x = torch.cat([self.words(text.ids), tokens], dim=1)  # (B,L+K,D)
+        n_words = text.ids.shape[1]
+        mask = causal_mask(text.text_mask, self.num_latents)
+        return self.backbone(x, self.token_positions(n_words), mask)[:, n_words:]  # (B,K,D)
 
-    def asked(self, ids: Tensor) -> Tensor:
-        """ids (B,L) -> (B,L+P,D): what stands before the line, words and pauses."""
-        words = self.words(ids)
-        return words if self.pauses is None else torch.cat([words, self.pauses.expand(len(ids), -1, -1)], dim=1)
-
-    def layout(self, text: Text) -> tuple[Tensor, Tensor]:
-        """(L+P+K,) positions and (B,1,L+P+K,L+P+K) mask. Words from 0, however long the caption is, the rest from
-        `context_length`; a pause sees what a latent in its place would."""
-        n_words, pauses = text.ids.shape[1], 0 if self.pauses is None else len(self.pauses)
-        n_line = pauses + self.num_latents
-        positions = token_positions(n_words, self.words.context_length, n_line, self.start.device)
-        return positions, causal_mask(text.text_mask, n_line)
+    def token_positions(self, n_words: int) -> Tensor:
+        """(L+K,) positions: words from 0, latents from `context_length`, however long the caption is."""
+        return token_positions(n_words, self.words.context_length, self.num_latents, self.start.device)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
@@ -146,10 +132,10 @@ class CausalPrior(Prior):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         text, scales, interval = self.guided_text(captions, guidance, temperature)
-        m, rows = len(captions), len(text.ids)
+        m, rows, n_words = len(captions), len(text.ids), text.ids.shape[1]
         guided_until = max((i + 1 for i, w in enumerate(scales) if w != 1), default=0)
         plan, order = self.head.plan(steps), self.order.permutation(m, self.num_latents, text.ids.device, generator)
-        positions, mask = self.layout(text)
+        mask, positions = causal_mask(text.text_mask, self.num_latents), self.token_positions(n_words)
         cache = self.read_words(text, m, mask, positions)
         said = None if self.word_sum is None else self.word_sum(text.ids, text.text_mask)  # (R,1,D)
         x = self.start.detach().expand(rows, 1, -1)
@@ -159,7 +145,7 @@ class CausalPrior(Prior):
                 x = x + self.target[order[:, i]].repeat(len(x) // m, 1)[:, None]
             if said is not None:
                 x = x + said[: len(x)]
-            seen, end = cache.length, cache.length + 1
+            seen, end = cache.length, n_words + i + 1
             cond = self.backbone(x, positions[seen:end], mask[:, :, seen:end, :end], cache)[:, -1]  # (R,D)
             z_i = self.head.sample(
                 cond[:m],
@@ -177,15 +163,15 @@ class CausalPrior(Prior):
         return scatter_line(torch.stack(line, dim=1), order)  # (B,K,C)
 
     def read_words(self, text: Text, captions: int, mask: Tensor, positions: Tensor) -> Cache:
-        """A cache with room for the line, filled with the words and pauses of every row (they see nothing else).
+        """A cache with room for the line, filled with the words of every row (words see nothing else).
 
         Unconditional twins, the rows behind the first `captions`, all say the same: one of them is computed.
         """
-        rows, distinct = len(text.ids), min(len(text.ids), captions + 1)
-        asked = self.asked(text.ids[:distinct])  # (captions + 1,L+P,D)
-        n = asked.shape[1]
-        cache = self.backbone.new_cache(distinct, n + self.num_latents)
-        self.backbone(asked, positions[:n], mask[:distinct, :, :n, :n], cache)
+        rows, n_words = text.ids.shape
+        distinct = min(rows, captions + 1)
+        cache = self.backbone.new_cache(distinct, n_words + self.num_latents)
+        words = self.words(text.ids[:distinct])  # (captions + 1,L,D)
+        self.backbone(words, positions[:n_words], mask[:distinct, :, :n_words, :n_words], cache)
         return cache if rows == distinct else cache.repeat_last(rows - distinct)
 
     def evaluations(self, steps: int | None = None) -> int:

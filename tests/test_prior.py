@@ -1,7 +1,5 @@
 """CausalPrior: causality, cache, guidance, identity of the latent space, exports."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -24,7 +22,7 @@ Net = type[AdaLNNet] | type[HoistedNet]
 
 
 def make_prior(
-    net: Net = AdaLNNet, backbone: type[Backbone] = Backbone, dropout: float = 0.1, **options: Any
+    net: Net = AdaLNNet, backbone: type[Backbone] = Backbone, dropout: float = 0.1, word_sum: bool = False
 ) -> CausalPrior:
     """A small prior whose zero-initialised matrices are filled, so that every path carries something."""
     torch.manual_seed(0)
@@ -32,7 +30,7 @@ def make_prior(
     vocabulary.fit(CAPTIONS)
     head = FlowHead(net(C, D, width=24, depth=2))
     trunk = backbone(D, depth=2, heads=2, max_tokens=32)
-    prior = CausalPrior(K, C, vocabulary, trunk, head, dropout, **options)
+    prior = CausalPrior(K, C, vocabulary, trunk, head, dropout, word_sum=word_sum)
     for parameter in prior.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -40,11 +38,11 @@ def make_prior(
 
 
 @pytest.fixture(
-    params=[{}, {"net": HoistedNet, "backbone": RotaryBackbone}, {"word_sum": True}, {"pause_tokens": 3}],
-    ids=["plain", "rotary", "word-sum", "pauses"],
+    params=[(AdaLNNet, Backbone), (HoistedNet, RotaryBackbone), (HoistedNet, Backbone, 0.1, True)],
+    ids=["plain", "rotary", "word-sum"],
 )
 def prior(request: pytest.FixtureRequest) -> CausalPrior:
-    return make_prior(**request.param)
+    return make_prior(*request.param)
 
 
 def test_a_latent_sees_only_what_is_before_it(prior: CausalPrior) -> None:
@@ -251,20 +249,6 @@ def test_parts_that_do_not_fit_are_refused_at_construction() -> None:
         CausalPrior(K, C, vocabulary, Backbone(D, 1, 2, 32), MSEHead(C, D + 2))
     with pytest.raises(PriorError, match="max_tokens"):
         CausalPrior(K, C, vocabulary, Backbone(D, 1, 2, 16), MSEHead(C, D))
-    with pytest.raises(PriorError, match="max_tokens is 24, but caption and line can have 25 tokens"):
-        CausalPrior(K, C, vocabulary, Backbone(D, 1, 2, 24), MSEHead(C, D), pause_tokens=3)
-    with pytest.raises(PriorError, match="pause_tokens=-1"):
-        CausalPrior(K, C, vocabulary, Backbone(D, 1, 2, 32), MSEHead(C, D), pause_tokens=-1)
-
-
-def test_pauses_change_what_the_line_is_told() -> None:
-    prior = make_prior(pause_tokens=3)
-    assert prior.pauses is not None
-    z, text = torch.randn(3, K, C), prior.encode_text(CAPTIONS)
-    before = prior.conditions(z, text)
-    with torch.no_grad():
-        prior.pauses[-1] = torch.randn(D)
-    assert (prior.conditions(z, text) - before).abs().amax(-1).min() > 1e-4
 
 
 def test_captions_are_dropped_in_training_only() -> None:
