@@ -1,4 +1,4 @@
-# make setup | demo | text-cost | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
+# make setup | demo | text-cost | reading | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
 # PYTHON names the interpreter that the environment is made with, VENV where it lies.
 
 SHELL := /bin/bash
@@ -7,12 +7,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo text-cost test bench lint clean
+.PHONY: help setup demo text-cost reading test bench lint clean
 
 help:
 	@echo "make setup      environment in $(VENV), with the tested versions"
 	@echo "make demo       scenes, tokenizer, prior and both reports, in runs/demo"
 	@echo "make text-cost  the demo's tokenizer again without text losses: its report then shows what they cost"
+	@echo "make reading    does learning to draw help learning to read? Four priors on the demo's latents, compared (40 min)"
 	@echo "make test       the whole test suite"
 	@echo "make bench      speed of encoding, decoding, training steps and sampling"
 	@echo "make lint       ruff and mypy"
@@ -42,6 +43,26 @@ text-cost: setup
 	python -m stage1_tokenizer fit $(NO_TEXT) --overwrite true
 	python -m stage1_tokenizer test $(NO_TEXT)
 	python -m stage1_tokenizer test --config configs/stage1/demo.yaml --model.baseline_metrics runs/demo_no_text/reconstruction/metrics.json
+
+# Does learning to draw help learning to read? One prior that does both, one that only reads (as many steps, and as much time), and
+# one that draws the line backwards; three seeds of each with SEEDS="0 1 2". Needs what `make demo` leaves behind.
+SEEDS ?= 0
+CAPTIONING = --config configs/stage2/demo.yaml --config configs/variants/prior_captioning.yaml
+ONLY = --config configs/variants/prior_captioning_only.yaml
+DEMO_PARTS = --data.data_dir runs/demo/latents --model.tokenizer_dir runs/demo/tokenizer \
+	--model.report.init_args.images_dir runs/demo/data
+define read
+	for seed in $(SEEDS); do \
+		run="$(CAPTIONING) $(2) $(DEMO_PARTS) --seed_everything $$seed --run_dir runs/reading/$(1)_$$seed"; \
+		python -m stage2_prior fit $$run --overwrite true && python -m stage2_prior test $$run || exit 1; done
+endef
+reading: setup
+	$(call read,draws,)
+	$(call read,reads,$(ONLY))
+	$(call read,reads_longer,$(ONLY) --trainer.max_steps 7500)
+	$(call read,draws_backwards,--config configs/variants/prior_reversed_order.yaml)
+	python -m stage2_prior.compare --out runs/reading --figures 'generation.captioning.*' 'generation.faithfulness.*.all' \
+		$(foreach name,draws reads reads_longer draws_backwards,--runs $(name) $(SEEDS:%=runs/reading/$(name)_%))
 
 test: setup
 	python -m pytest
