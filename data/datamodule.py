@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from data.datasets import FinishingLoader, ImageSet, LatentSet, ShardDataset, as_is
 from data.latents import SHARD_SIZE
 from data.memory import BatchMemory
-from data.order import BatchOrder, ShardOrder
+from data.order import BatchOrder, ShardOrder, spread_rows
 from data.schema import SPLITS, DataError, read_manifest, split_of
 from data.shards import ShardReader
 
@@ -125,8 +125,8 @@ class ShardDataModule(LightningDataModule):
         yield from self.split(split).captions()
 
     def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
-        """Return a whole split, or its first `limit` samples, as one batch."""
-        return self.split(split).first(limit)
+        """Return a whole split, or `limit` samples of it (`spread_rows`), as one batch."""
+        return self.samples(split, spread_rows(len(self.split(split)), limit))
 
     def samples(self, split: str, rows: list[int]) -> dict[str, Any]:
         """Return samples of a split by their numbers in stored order, as one batch."""

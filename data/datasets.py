@@ -111,11 +111,6 @@ class ShardDataset(Dataset[dict[str, Any]]):
         for sample in range(len(self.reader)):
             yield captions_of(self.reader.read_json(sample), self.reader.read(sample, "txt"))
 
-    def first(self, limit: int | None) -> dict[str, Any]:
-        """Return the first `limit` samples (None: all) as one batch."""
-        count = len(self) if limit is None else min(limit, len(self))
-        return self.finish(self.stored(list(range(count))), torch.device("cpu"))
-
     def __getitem__(self, plan: Batch) -> dict[str, Any]:
         """Return a batch as it is stored, uint8 pictures: a fourth of the bytes to hand from process to process."""
         return self.stored(list(plan.samples))

@@ -26,6 +26,15 @@ def permutation(seed: int, epoch: int, total: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(total)
 
 
+def spread_rows(total: int, limit: int | None) -> list[int]:
+    """Return the numbers of `limit` of `total` samples, evenly spread, since a split may be stored class by class.
+
+    All of them, in stored order, if `limit` is None or not below `total`.
+    """
+    count = total if limit is None else min(limit, total)
+    return [i * total // count for i in range(count)]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Which samples a rank reads next; all that a dataset needs, in any process."""

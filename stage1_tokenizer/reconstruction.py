@@ -12,7 +12,7 @@ figure needs and does not find is named in the report.
 Letters: N pictures, K latents, C channels, k prefix length, D features.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.order import spread_rows
 from stage1_tokenizer import reconstruction_page
 from stage1_tokenizer.attributes import LETTER
 from stage1_tokenizer.classifier import Classifier, PictureData, accuracy_by_slot, draw_training, report_classifier
@@ -46,7 +47,7 @@ GRID_PICTURES = 8
 class ReportData(PictureData, Protocol):
     """The data module as this report uses it."""
 
-    def test_dataloader(self) -> Iterable[dict[str, Any]]: ...
+    val_batch_size: int
 
 
 @dataclass
@@ -101,9 +102,9 @@ def reconstruction_report(
     """Measure `tokenizer` (in eval mode, on its own device) and write report.html, metrics.json and PNGs to `out_dir`.
 
     Args:
-        datamodule: of the pictures; its test split is measured, its training split is fitted on.
+        datamodule: of the pictures; its val split is measured, its training split is fitted on.
         run_dir: keeps the report's classifier, which the generation report uses too.
-        limit: held-out pictures to measure, the first ones.
+        limit: held-out pictures to measure, spread over the split.
         probe_images: training pictures for the linear probes.
         baseline: content of metrics.json of the same run without text losses; the page then shows what text costs.
         lpips_trunk: "alex", "vgg" or "squeeze".
@@ -216,9 +217,12 @@ def _measure(
     learned, linear = Measured(), Measured()
     kept: dict[str, Any] = {"z": [], "std": [], "captions": [], "attributes": [], "labels": [], "pictures": None}
     features: dict[str, list[Tensor]] = {extractor.feature_name: [] for extractor in extractors}
-    count = 0
-    for batch in tqdm(datamodule.test_dataloader(), desc="reconstruct", disable=None, leave=False):
-        images = batch["images"][: limit - count].to(device)
+    rows, size = spread_rows(len(datamodule.split("val")), limit), datamodule.val_batch_size
+    if len(rows) < 2:
+        raise ValueError(f"got {len(rows)} held-out pictures for the report, wanted 2 or more; prepare more of them")
+    for at in tqdm(range(0, len(rows), size), desc="reconstruct", disable=None, leave=False):
+        batch = datamodule.samples("val", rows[at : at + size])
+        images = batch["images"].to(device)
         mean, std = tokenizer.posterior(images)
         codes = pca.encode(images)
         for k in lengths:
@@ -227,17 +231,12 @@ def _measure(
         for extractor in extractors:
             features[extractor.feature_name].append(extractor.features(images).cpu())
         for name, value in (("z", mean), ("std", std), ("labels", batch["labels"])):
-            kept[name].append(value[: len(images)].cpu())
-        kept["captions"] += batch["captions"][: len(images)]
-        kept["attributes"] += batch["attributes"][: len(images)]
+            kept[name].append(value.cpu())
+        kept["captions"] += batch["captions"]
+        kept["attributes"] += batch["attributes"]
         kept.setdefault("codes", []).append(codes.cpu())
         if kept["pictures"] is None:
             kept["pictures"] = images[:GRID_PICTURES].cpu()
-        count += len(images)
-        if count >= limit:
-            break
-    if count < 2:
-        raise ValueError(f"got {count} held-out pictures for the report, wanted 2 or more; prepare a larger val split")
     kept |= {name: torch.cat(kept[name]) for name in ("z", "std", "labels", "codes")}
     kept["features"] = {name: torch.cat(parts) for name, parts in features.items()}
     return kept, learned, linear

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.order import spread_rows
 from stage1_tokenizer.metrics import retrieval
 from stage1_tokenizer.order import keep_mask
 from stage1_tokenizer.probes import class_prompts, embed_captions, embed_prefixes, nearest_captions, zero_shot
@@ -37,13 +38,14 @@ def text_metrics(
         train: captions and labels of training pictures, which name the classes.
         lengths: prefix lengths.
     """
-    captions = held_out["captions"][:NUM_CAPTIONS]
+    chosen = spread_rows(len(held_out["captions"]), NUM_CAPTIONS)
+    captions = [held_out["captions"][i] for i in chosen]
     z = held_out["z"].to(tokenizer.latent_mean.device)
     text = tokenizer.text_part()
     competing = {k: text.competing(k) for k in lengths}
     single = embed_prefixes(tokenizer, z, sorted({n for together in competing.values() for n in together}))
     prefixes = {k: torch.stack([single[n] for n in together], dim=1) for k, together in competing.items()}  # (N, P, E)
-    few = {k: vectors[: len(captions)] for k, vectors in prefixes.items()}
+    few = {k: vectors[chosen] for k, vectors in prefixes.items()}
     kinds = {
         name: [texts[index] for texts in captions]
         for index, name in enumerate(_kinds(captions, is_scene=any(held_out["attributes"])))
@@ -68,7 +70,7 @@ def text_metrics(
         prompts = class_prompts(train["captions"], train["labels"].tolist())
         metrics["zero_shot"] = zero_shot(tokenizer, prefixes, held_out["labels"], prompts)
     if text.captioner is not None:
-        raw = z[: len(captions)] * tokenizer.latent_scale + tokenizer.latent_mean  # (N, K, C)
+        raw = z[chosen] * tokenizer.latent_scale + tokenizer.latent_mean  # (N, K, C)
         metrics["caption_bits"] = {name: caption_bits(text, raw, texts, lengths) for name, texts in kinds.items()}
         for item, written in zip(
             metrics["captions_read"], write_captions(text, raw[:NUM_EXAMPLES], lengths), strict=True

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from data.datamodule import ImageDataModule
+from data.order import spread_rows
 from stage1_tokenizer.attributes import LETTER
 from stage1_tokenizer.classifier import Classifier, report_classifier
 from stage1_tokenizer.frechet import RandomConvFeatures
@@ -35,7 +36,7 @@ from stage2_prior.contract import LatentSpace, Prior
 from stage2_prior.distances import distance_report
 from stage2_prior.guidance import Guidance
 from stage2_prior.likelihood_report import classification_report, likelihood_report
-from stage2_prior.prior_data import CaptionSource, askable
+from stage2_prior.prior_data import CaptionSource, askable, same_samples
 
 FEWEST = 20  # captions in a group that is told apart further
 
@@ -94,12 +95,7 @@ class GenerationReport:
         encoded = data.data_dir if isinstance(data, ImageDataModule) else str(run_dir / "data")
         images = ImageDataModule(self.images_dir or encoded, image_size=tokenizer.image_size)
         held = self.held_out(data, tokenizer)
-        real = images.arrays("val", len(held["keys"]))
-        if real["keys"] != held["keys"]:
-            raise ValueError(
-                f"the latents in {data.data_dir} and the pictures in {images.data_dir} are of different samples; write"
-                " the latents again with `python -m stage1_tokenizer predict`, or set images_dir."
-            )
+        real = same_samples(data, images, held, self.num_captions)
         total = len(held["keys"])
         (held, captions), (real, _) = askable(prior.words.ask, held), askable(prior.words.ask, real)
         with torch.enable_grad():
@@ -132,7 +128,8 @@ class GenerationReport:
         noise = torch.randn(held["latents"].shape, generator=torch.Generator().manual_seed(self.seed))
         z = (held["latents"] + held["latents_std"] * noise).to(device_of(prior))  # as in training
         if self.nll_lines:
-            metrics["nll"] = likelihood_report(prior, z[: self.nll_lines], captions[: self.nll_lines])
+            lines = spread_rows(len(z), self.nll_lines)
+            metrics["nll"] = likelihood_report(prior, z[lines], [captions[i] for i in lines])
         if self.classify_lines:
             found = classification_report(prior, z, captions, self.classify_lines, held["labels"], self.seed)
             metrics["classification_by_likelihood"] = found
@@ -140,7 +137,7 @@ class GenerationReport:
         return self.page(metrics, samples, captions, real, same).write(run_dir / "generation", metrics)
 
     def held_out(self, data: CaptionSource, tokenizer: LatentSpace) -> dict[str, Any]:
-        """The first `num_captions` of the val split with `latents` and `latents_std` (N,K,C), read or encoded."""
+        """`num_captions` samples spread over the val split, with `latents` and `latents_std` (N,K,C)."""
         held = data.arrays("val", self.num_captions)
         if "latents" not in held:
             device = next(iter(tokenizer.state_dict().values())).device  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.order import spread_rows
 from stage2_prior.contract import Prior, PriorError
 
 CHOICES = 10  # captions that a line is scored under, its own among them
@@ -38,7 +39,7 @@ def likelihood_report(prior: Prior, z: Tensor, captions: list[str]) -> dict[str,
 def classification_report(
     prior: Prior, z: Tensor, captions: list[str], lines: int, labels: Tensor | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """Accuracy by likelihood of the first `lines` of z (N,K,C), by prefix length, beside chance.
+    """Accuracy by likelihood of `lines` of z (N,K,C), spread over it, by prefix length, beside chance.
 
     labels: (N,) where captions name classes; other captions are then of other classes. Ties count as a share.
     A prior without a density, and captions that are all the same, give {"skipped": why}.
@@ -50,12 +51,13 @@ def classification_report(
         return {"skipped": "all captions are the same, so there is nothing to tell apart."}
     generator = torch.Generator().manual_seed(seed)
     asked: list[str] = []
-    for caption, kind in zip(captions[:lines], kinds[:lines], strict=True):
-        others = [c for k, c in named.items() if k != kind]
+    rows = spread_rows(len(captions), lines)
+    for row in rows:
+        others = [c for k, c in named.items() if k != kinds[row]]
         drawn = torch.randperm(len(others), generator=generator)[: choices - 1].tolist()
-        asked += [caption, *(others[i] for i in drawn)]
+        asked += [captions[row], *(others[i] for i in drawn)]
     try:
-        found = prior.log_prob(z[:lines].repeat_interleave(choices, 0), asked, CHOICE_STEPS).cpu()
+        found = prior.log_prob(z[rows].repeat_interleave(choices, 0), asked, CHOICE_STEPS).cpu()
     except PriorError as error:
         return {"skipped": str(error)}
     by_prefix = found.double().cumsum(1).unflatten(0, (-1, choices))  # (n, choices, K); the own caption is the first

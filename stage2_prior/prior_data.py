@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.datamodule import ImageDataModule, LatentDataModule, ShardDataModule
+from data.order import spread_rows
 from data.schema import DataError
 
 MAX_CAPTION_BYTES = 1_000_000
@@ -58,6 +59,20 @@ class CaptionSource(ShardDataModule):
         """Every caption of the training split, one after another."""
         for captions in self.captions("train"):
             yield from captions
+
+
+def same_samples(
+    of: ShardDataModule, images: ImageDataModule, held: dict[str, Any], limit: int | None
+) -> dict[str, Any]:
+    """The pictures of `held`, which is `of.arrays("val", limit)`. Raises DataError where they are of other samples."""
+    rows = spread_rows(len(of.split("val")), limit)
+    found = images.samples("val", rows) if rows[-1] < len(images.split("val")) else {"keys": None}
+    if found["keys"] != held["keys"]:
+        raise DataError(
+            f"the latents in {of.data_dir} and the pictures in {images.data_dir} are of different samples; write the"
+            " latents again with `python -m stage1_tokenizer predict`, or set images_dir"
+        )
+    return found
 
 
 class PriorDataModule(CaptionSource, LatentDataModule):

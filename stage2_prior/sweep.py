@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from data.datamodule import ImageDataModule
-from data.schema import DataError
 from stage1_tokenizer.classifier import report_classifier
 from stage1_tokenizer.frechet import RandomConvFeatures, frechet_distance
 from stage1_tokenizer.report import Report, provenance
@@ -27,7 +26,7 @@ from stage2_prior.contract import Prior, load_space
 from stage2_prior.generation import GenerationReport, caption_groups, faithfulness
 from stage2_prior.guidance import ALWAYS, Guidance, GuidanceError
 from stage2_prior.heads import SolverHead
-from stage2_prior.prior_data import PriorDataModule, askable
+from stage2_prior.prior_data import PriorDataModule, askable, same_samples
 from stage2_prior.samplers import SamplerError, Solver, check_solver
 
 
@@ -52,11 +51,11 @@ def sweep(
         use(prior, solver)
         for n in steps:
             prior.evaluations(n)  # refuses what its solver cannot do before anything is sampled
-    held, captions = askable(prior.words.ask, PriorDataModule(str(run_dir / "latents")).arrays("val", num_captions))
+    latents = PriorDataModule(str(run_dir / "latents"))
     images = ImageDataModule(str(run_dir / "data"), image_size=tokenizer.image_size)
-    real, _ = askable(prior.words.ask, images.arrays("val", num_captions))
-    if real["keys"] != held["keys"]:
-        raise DataError(f"latents and pictures in {run_dir} are of different samples; write the latents again")
+    held = latents.arrays("val", num_captions)
+    real, _ = askable(prior.words.ask, same_samples(latents, images, held, num_captions))
+    captions = askable(prior.words.ask, held)[1]
     classifier = report_classifier(images, run_dir)
     extractor = RandomConvFeatures() if classifier is None else classifier
     groups = None if classifier is None else caption_groups(classifier, images, real)

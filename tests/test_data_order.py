@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from data.datamodule import ImageDataModule
 from data.engines import processes, run
-from data.order import BatchOrder, ShardOrder, permutation
+from data.order import BatchOrder, ShardOrder, permutation, spread_rows
 from data.prepare import PrepareConfig
 from data.schema import DataError
 from data.sources import SourceConfig
@@ -256,3 +256,10 @@ def test_resumed_training_may_change_its_batch_size(scenes: Path, tmp_path: Path
     first = fit(scenes, tmp_path, 3, 0, None)
     second = fit(scenes, tmp_path, None, 0, tmp_path / "place.ckpt", batch_size=8)
     assert first.keys + second.keys == whole.keys
+
+
+def test_a_part_of_a_split_is_spread_over_it() -> None:
+    assert spread_rows(10, None) == spread_rows(10, 10) == spread_rows(10, 99) == list(range(10))
+    assert spread_rows(10, 3) == [0, 3, 6] and spread_rows(10, 0) == spread_rows(0, None) == []
+    rows = spread_rows(50_000, 2_000)
+    assert len(set(rows)) == 2_000 and {row // 50 for row in rows} == set(range(1000))  # of 1,000 classes, 50 each

@@ -18,8 +18,9 @@ from data.schema import SPLITS, DataError
 from data.sources import SourceConfig
 from data.verify import verify
 from stage1_tokenizer.lit_tokenizer import LitTokenizer
+from stage2_prior.prior_data import same_samples
 from tests.data_samples import prepared
-from tests.tiny import tiny_tokenizer
+from tests.tiny import C, K, tiny_tokenizer
 
 SHARD = 10  # samples, in batches of 4, 4 and 2
 
@@ -103,6 +104,25 @@ def test_latents_are_those_of_the_tokenizer_in_stored_order(scenes: Path, whole:
         mean, std = tokenizer.posterior(ImageDataModule(str(scenes), image_size=16).arrays(split)["images"])
         torch.testing.assert_close(got["latents"], mean.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(got["latents_std"], std.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_is_spread_over_the_split_and_has_its_pictures(scenes: Path, whole: Path, tmp_path: Path) -> None:
+    """A split may be stored class by class; pictures are those of the same rows, also where only some were encoded."""
+    latents, images = LatentDataModule(str(whole / "latents")), ImageDataModule(str(scenes), image_size=16)
+    stored, total = keys(scenes)["val"], len(keys(scenes)["val"])
+    held = latents.arrays("val", 8)
+    assert held["keys"] == [stored[i * total // 8] for i in range(8)]
+    found = same_samples(latents, images, held, 8)
+    assert found["keys"] == held["keys"] and found["images"].shape == (8, 3, 16, 16)
+    held["keys"][3] = "another"
+    with pytest.raises(DataError, match="of different samples"):
+        same_samples(latents, images, held, 8)
+    with LatentShardWriter(tmp_path, "val") as writer:
+        for key in stored[:5]:
+            writer.write(key, torch.zeros(K, C), torch.ones(K, C), ["a caption"], {})
+    write_latent_manifest(tmp_path, K, C, "0123456789abcdef")
+    few = LatentDataModule(str(tmp_path))
+    assert same_samples(few, images, few.arrays("val", 8), 8)["keys"] == stored[:5]
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 5, 9])  # batches; a shard takes three

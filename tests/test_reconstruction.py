@@ -1,7 +1,6 @@
 """The whole reconstruction report with a linear tokenizer on small scenes: figures are those of PCA, the page opens."""
 
 import json
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,12 @@ class FakeData:
     """Scenes of 16 pixels with the data module's methods; a manifest on disk, as its fingerprint."""
 
     def __init__(self, folder: Path, train: int = 80, val: int = 24) -> None:
-        self.data_dir = str(folder)
+        self.data_dir, self.val_batch_size = str(folder), 10
         (folder / "manifest.json").write_text('{"scenes": 1}')
         scenes, pixels = Scenes(train + val, seed=3, size=16).draw(np.arange(train + val))
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         self.splits: dict[str, dict[str, Any]] = {}
+        self.asked: list[tuple[str, list[int]]] = []
         for name, rows in (("train", slice(0, train)), ("val", slice(train, None))):
             self.splits[name] = {
                 "images": images[rows],
@@ -47,12 +47,8 @@ class FakeData:
         return self.splits[split]["images"]
 
     def samples(self, split: str, rows: list[int]) -> dict[str, Any]:
+        self.asked.append((split, rows))
         return rows_of(self.splits[split], rows)
-
-    def test_dataloader(self) -> Iterator[dict[str, Any]]:
-        val = self.splits["val"]
-        for start in range(0, len(val["images"]), 10):
-            yield {name: values[start : start + 10] for name, values in val.items()}
 
 
 class LinearTokenizer(Tokenizer):
@@ -186,7 +182,9 @@ def test_symbols_say_how_many_bits_they_hold(tmp_path: Path, made: tuple[dict[st
     assert "bits_per_latent" not in metrics["latents"], "a KL has a rate"
     tokenizer = LinearTokenizer(bottleneck=FSQBottleneck(8, 4, (4,) * 8))
     tokenizer.pca = linear_tokenizer(data).pca
-    metrics = reconstruction_report(tokenizer, data, tmp_path / "out", folder, limit=10, probe_images=40)
+    data.asked.clear()
+    metrics = reconstruction_report(tokenizer, data, tmp_path / "out", folder, limit=12, probe_images=40)
+    assert [rows for split, rows in data.asked if split == "val"] == [list(range(0, 20, 2)), [20, 22]]  # all over it
     assert metrics["latents"]["bits_per_latent"] == 16
     page = (tmp_path / "out" / "report.html").read_text()
     assert "bits at most (symbols)" in page and "64" in page and "at most 16.0 bits" in page
