@@ -164,9 +164,11 @@ def test_a_prior_that_only_reads_gives_its_head_no_gradient() -> None:
 # -- AMED -------------------------------------------------------------------------------------------------------------
 
 
-def ends(head: FlowHead, cond: Tensor, solver: Midpoint | AMED) -> Tensor:
+def ends(
+    head: FlowHead, cond: Tensor, solver: Midpoint | AMED, uncond: Tensor | None = None, guidance: float = 1.0
+) -> Tensor:
     head.solver = solver
-    return head.sample(cond, generator=torch.Generator().manual_seed(3))
+    return head.sample(cond, uncond, guidance, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.slow
@@ -182,6 +184,7 @@ def test_a_distilled_solver_ends_nearer_to_many_steps_than_midpoint(taught: Capt
         amed_main(["--run_dir", str(tmp_path)])
     write_latent_manifest(tmp_path / "latents", K, C, "0123456789abcdef")
     command = [sys.executable, "-m", "stage2_prior.amed", "--run_dir", str(tmp_path), "--steps", "4"]
+    command += ["--guidances", "1", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = Prior.from_pretrained(tmp_path / "prior_amed")
@@ -189,11 +192,16 @@ def test_a_distilled_solver_ends_nearer_to_many_steps_than_midpoint(taught: Capt
     amed = loaded.head.solver
     assert isinstance(amed, AMED) and amed.evaluations == loaded.evaluations() == 4
     assert loaded.sample(CAPTIONS).shape == (4, K, C)
+    text = loaded.encode_text(CAPTIONS)
+    nobody = loaded.without_caption(text, torch.ones(len(CAPTIONS), dtype=torch.bool))
     with torch.no_grad():
-        cond = loaded.conditions(codes(), loaded.encode_text(CAPTIONS)).flatten(0, 1).repeat(40, 1)
-        exact = ends(loaded.head, cond, Midpoint(steps=64))
-        ours, midpoint = (ends(loaded.head, cond, s) for s in (amed, Midpoint(steps=2)))
-    assert (ours - exact).square().mean() < 0.8 * (midpoint - exact).square().mean()
+        cond, uncond = (loaded.conditions(codes(), said).flatten(0, 1).repeat(40, 1) for said in (text, nobody))
+        for guidance in (1.0, 2.0):
+            exact = ends(loaded.head, cond, Midpoint(steps=64), uncond, guidance)
+            ours, midpoint = (ends(loaded.head, cond, s, uncond, guidance) for s in (amed, Midpoint(steps=2)))
+            assert (ours - exact).square().mean() < 0.6 * (midpoint - exact).square().mean()
+    with pytest.raises(HeadError, match="without unconditional rows"):
+        fit_amed(loaded.head, cond, guidances=[2.0], steps=1, iterations=1, rows=16)
     with pytest.raises(HeadError, match="distilled for that many"):
         loaded.sample(CAPTIONS, steps=8) if loaded.head.solver is amed else amed.with_evaluations(8)
 
@@ -206,4 +214,4 @@ def test_an_untaught_amed_is_midpoint() -> None:
             torch.nn.init.normal_(parameter, std=0.2)
     cond = torch.randn(5, D)
     torch.testing.assert_close(ends(head, cond, AMED(steps=3)), ends(head, cond, Midpoint(steps=3)))
-    assert isinstance(fit_amed(head, cond, steps=1, iterations=2, batch=8), AMED)
+    assert isinstance(fit_amed(head, cond, steps=1, iterations=2, rows=16, batch=8), AMED)
