@@ -44,6 +44,7 @@ class Tokenizer(Spec, nn.Module):
 
     latent_mean: Tensor
     latent_scale: Tensor
+    checks_pixels = True  # of `encode`: False where who decoded them vouches for it, since a look waits for a GPU
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class Tokenizer(Spec, nn.Module):
             raise ValueError(f"got images of shape {tuple(images.shape)}, wanted (B, 3, {size}, {size}); resize them.")
         if not images.is_floating_point():
             raise ValueError(f"got images of dtype {images.dtype}, wanted float in [-1, 1]; use x / 127.5 - 1.")
-        if not torch.compiler.is_compiling() and not self.training:
+        if self.checks_pixels and not torch.compiler.is_compiling() and not self.training:
             low, high = images.amin().item(), images.amax().item()
             if not (low >= -1.01 and high <= 1.01):  # also false for NaN
                 raise ValueError(f"got pixels within [{low:.3g}, {high:.3g}], wanted finite values in [-1, 1].")

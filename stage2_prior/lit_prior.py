@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data.datamodule import ImageDataModule
 from stage1_tokenizer.optim import MuonAdamW, parameter_groups, planned_steps, warmup_flat_cosine
+from stage1_tokenizer.tokenizer import Tokenizer
 from stage2_prior.captioning import CaptioningPrior
 from stage2_prior.contract import LatentSpace, Prior, PriorError, Text, load_space
 from stage2_prior.generation import GenerationReport
@@ -133,6 +134,8 @@ class LitPrior(pl.LightningModule):
                     f" {space.image_size} pixels; set data.image_size to that."
                 )
             self.prior.bind(space.num_latents, space.latent_dim, space.fingerprint)
+            if isinstance(space, Tokenizer):
+                space.checks_pixels = stage != "fit"  # what the data module decodes is in range
         elif stage != "predict":
             info = datamodule.latent_info
             self.prior.bind(info["num_latents"], info["latent_dim"], info["tokenizer_fingerprint"])

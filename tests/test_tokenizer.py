@@ -172,6 +172,14 @@ def test_wrong_images_are_refused_with_one_sentence(images: torch.Tensor, said: 
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_values_are_not_looked_at_where_somebody_vouches_for_them() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.checks_pixels = False
+    assert tokenizer.encode(torch.full((2, 3, SIZE, SIZE), 200.0)).shape == (2, K, C)
+    with pytest.raises(ValueError, match="wanted \\(B, 3, 16, 16\\)"):
+        tokenizer.encode(torch.zeros(2, 3, 8, 8))
+
+
 def test_wrong_latents_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     for k in (0, -1, K + 1):
