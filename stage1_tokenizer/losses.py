@@ -11,19 +11,13 @@ its `weight`. They are training aids of a run, not parts of a tokenizer: an expo
 Letters: B pictures, s scale.
 """
 
-import os
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.metrics import LPIPS_TRUNKS, SSIM_WINDOW, ssim
+from stage1_tokenizer.lpips_network import LPIPS_TRUNKS, WeightsError, lpips_network, trunk_file
+from stage1_tokenizer.metrics import SSIM_WINDOW, ssim
 from stage1_tokenizer.spec import Spec
-
-
-class WeightsError(ValueError):
-    """Weights that a loss needs and that are not there, or are not its own."""
 
 
 class ImageLoss(Spec, nn.Module):
@@ -97,7 +91,13 @@ class LPIPSLoss(ImageLoss):
         if trunk not in LPIPS_TRUNKS:
             raise ValueError(f"got LPIPS trunk {trunk!r}, wanted one of {', '.join(LPIPS_TRUNKS)}.")
         self.trunk, self.weight = trunk, weight
-        network = lpips_network(trunk, weights_file(trunk, weights))
+        path = trunk_file(trunk, weights)
+        if not path.is_file():
+            raise WeightsError(
+                f"LPIPS needs the weights of its {trunk} trunk and found no {path}; put torchvision's "
+                f"{LPIPS_TRUNKS[trunk]} there, or give its path as `weights`, or leave the loss out."
+            )
+        network = lpips_network(trunk, path)
         self._hidden = [network]  # a list: not a submodule, hence in no state_dict
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
@@ -106,35 +106,3 @@ class LPIPSLoss(ImageLoss):
         network = self._hidden[0] = self._hidden[0].to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             return self.weight * network(images.float(), target.float()).flatten()  # (B,)
-
-
-def weights_file(trunk: str, weights: str | None) -> Path:
-    """Where the trunk's weights lie. Raises WeightsError if they are not there."""
-    cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
-    path = cache / LPIPS_TRUNKS[trunk] if weights is None else Path(weights)
-    if not path.is_file():
-        raise WeightsError(
-            f"LPIPS needs the weights of its {trunk} trunk and found no {path}; put torchvision's "
-            f"{LPIPS_TRUNKS[trunk]} there, or give its path as `weights`, or leave the loss out."
-        )
-    return path
-
-
-def lpips_network(trunk: str, path: Path) -> nn.Module:
-    """The frozen LPIPS network with the trunk's weights from `path`. Raises WeightsError if they are another's."""
-    import lpips  # it imports torchvision's model zoo, which only this loss needs
-
-    network: nn.Module = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)  # with use_dropout=False the
-    # calibrated heads have other names, and the package leaves them random without a word; eval() does the same
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    body: nn.Module = network.net  # type: ignore[assignment]
-    # the package cuts torchvision's `features` into slices and keeps the index of each layer: slice2.3.weight
-    names = {name: "features." + name.split(".", 1)[1] for name in body.state_dict()}
-    missing = [stored_name for stored_name in names.values() if stored_name not in stored]
-    if missing:
-        raise WeightsError(f"{path} lacks {missing[0]}, which the {trunk} trunk has; give torchvision's weights of it.")
-    try:
-        body.load_state_dict({name: stored[stored_name] for name, stored_name in names.items()})
-    except RuntimeError as error:
-        raise WeightsError(f"{path} holds weights of other shapes than the {trunk} trunk's: {error}") from error
-    return network.eval().requires_grad_(False)

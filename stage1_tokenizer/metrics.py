@@ -12,7 +12,6 @@ Letters: N images, K latents, C channels of a latent, E width of an embedding, Q
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.lpips_network import LPIPS_TRUNKS, lpips_network, trunk_file
+
 PEAK = 2.0  # pictures span [-1, 1]
 SSIM_WINDOW = 11
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2015, section 4.2: a unit whose posterior mean varies more than this is in use
-LPIPS_TRUNKS = {  # file names under which torchvision caches the trunks of the `lpips` package
-    "alex": "alexnet-owt-7be5be79.pth",
-    "vgg": "vgg16-397923af.pth",
-    "squeeze": "squeezenet1_1-b8a52dc0.pth",
-}
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,7 @@ def lpips_metric(
     if trunk not in LPIPS_TRUNKS:
         raise ValueError(f"got LPIPS trunk {trunk!r}, wanted one of {', '.join(LPIPS_TRUNKS)}")
     name, file = f"lpips[{trunk}]", LPIPS_TRUNKS[trunk]
-    cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
-    path = cache / file if weights is None else Path(weights)
+    path = trunk_file(trunk, weights)
     if not path.is_file():
         if weights is not None:
             return Skipped(name, f"there is no file at {path}", f"give lpips_weights the path of torchvision's {file}")
@@ -117,8 +112,6 @@ def lpips_metric(
             f"the weights of its trunk are not at {file} in torch's cache",
             f"put torchvision's {file} into $TORCH_HOME/hub/checkpoints, or give its path as lpips_weights",
         )
-    from stage1_tokenizer.losses import lpips_network  # imported here: losses are built on the metrics of this file
-
     network = lpips_network(trunk, path).to(device)
 
     def distance(images: Tensor, reference: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from stage1_tokenizer.losses import LPIPSLoss, PixelLoss, StructureLoss, WeightsError
+from stage1_tokenizer.losses import LPIPSLoss, PixelLoss, StructureLoss
+from stage1_tokenizer.lpips_network import WeightsError
 from stage1_tokenizer.metrics import Skipped, lpips_metric, ssim
 
 
