@@ -151,7 +151,7 @@ class ShardDataModule(LightningDataModule):
         return self._loader("val", self._make_order("val", self.val_batch_size))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """The val split, whole on every rank: what a report is made of, and one rank makes it."""
+        """The val split, whole on every rank."""
         return self._loader("val", BatchOrder(len(self.split("val")), self.val_batch_size, shuffle=False))
 
     def splits_to_predict(self) -> list[str]:

@@ -148,7 +148,11 @@ class SolverHead(Head):
         interval: tuple[float, float] = ALWAYS,
         time_of: Callable[[float], Tensor] | None = None,
     ) -> Field:
-        """What a solver walks along, given condition rows (M,D). `time_of`: t -> the network's time, or None."""
+        """What a solver walks along: (x (M,C), t) -> (M,C) float32, given condition rows (M,D).
+
+        `time_of` gives the network's time of t, from a table, say; None computes it, and t may then be a tensor that
+        wants a gradient. Other arguments and errors as `guided_rows`.
+        """
         rows = guided_rows(cond, uncond, guidance, interval)
         condition = self.net.condition(rows)  # (M,·) or, guided, (2M,·)
         m, guided = len(cond), len(rows) > len(cond)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from stage2_prior.heads import Head
 from stage2_prior.masked import MaskedPrior
 from stage2_prior.noise_extended import NoiseExtendedPrior
 from stage2_prior.orders import (
@@ -57,11 +58,8 @@ def test_a_reversed_prior_sees_what_comes_later() -> None:
     assert moved[3:].max() < 1e-5 and moved[:3].min() > 1e-4
 
 
-@pytest.mark.parametrize("order", [ReversedOrder(), RandomOrder()])
-def test_sampling_in_another_order_equals_the_parallel_forward(order: LearnedOrder) -> None:
-    vocabulary, backbone, head = parts()
-    prior = awake(CausalPrior(K, C, vocabulary, backbone, head, order=order))
-    assert isinstance(prior, CausalPrior)
+def rows_asked(head: Head) -> list[Tensor]:
+    """A list that fills with the condition rows (B,D) of every latent that `head` samples."""
     seen: list[Tensor] = []
     original = head.sample
 
@@ -70,6 +68,15 @@ def test_sampling_in_another_order_equals_the_parallel_forward(order: LearnedOrd
         return original(cond, *args, **kw)  # type: ignore[arg-type]
 
     head.sample = recording  # type: ignore[method-assign,assignment]
+    return seen
+
+
+@pytest.mark.parametrize("order", [ReversedOrder(), RandomOrder()])
+def test_sampling_in_another_order_equals_the_parallel_forward(order: LearnedOrder) -> None:
+    vocabulary, backbone, head = parts()
+    prior = awake(CausalPrior(K, C, vocabulary, backbone, head, order=order))
+    assert isinstance(prior, CausalPrior)
+    seen = rows_asked(head)
     z = prior.sample(CAPTIONS, 1.0, generator=torch.Generator().manual_seed(4))
     permutation = order.permutation(3, K, torch.device("cpu"), torch.Generator().manual_seed(4))
     with torch.no_grad():
@@ -113,14 +120,7 @@ def test_in_a_random_order_a_condition_depends_on_which_position_comes_next() ->
         moved = (rows[1] - rows[0]).abs().amax(-1)  # (B,K)
     assert moved[:, :2].max() == 0 and moved[:, 2:].min() > 1e-3
     # In sampling, too: the first latent of a line has seen nothing but its own place.
-    first: list[Tensor] = []
-    original = head.sample
-
-    def recording(cond: Tensor, *args: object, **kw: object) -> Tensor:
-        first.append(cond)
-        return original(cond, *args, **kw)  # type: ignore[arg-type]
-
-    head.sample = recording  # type: ignore[method-assign,assignment]
+    first = rows_asked(head)
     prior.sample(["a cross"] * 8, 1.0, generator=torch.Generator().manual_seed(4))
     at = prior.order.permutation(8, K, torch.device("cpu"), torch.Generator().manual_seed(4))[:, 0]
     apart = torch.cdist(first[0], first[0]) > 1e-3
