@@ -20,6 +20,7 @@ class KLBottleneck(Bottleneck):
     Args:
         width: D. num_latents: K. latent_dim: C.
         weight: factor of the KL, in nats per latent channel, against a mean squared error in [-1, 1].
+        logvar_bias: log-variance of the noise at the start.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Decoder
+from stage1_tokenizer.contract import PixelDecoder
 from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, decayed, embedding, training_only
 
 
@@ -41,7 +41,7 @@ class ConvTail(nn.Module):
         return F.pixel_shuffle(self.out(F.gelu(x)), 2)  # (B,3,H,W)
 
 
-class ViTDecoder(Decoder):
+class ViTDecoder(PixelDecoder):
     """Deterministic pixel decoder. forward(z (B,K,C), keep_mask (B,K), base (B,3,H,W) or None) -> images (B,3,H,W).
 
     `base` is an image that the decoder starts from and corrects (a linear path's reconstruction); it also enters the
@@ -101,13 +101,3 @@ class ViTDecoder(Decoder):
     @property
     def last_weight(self) -> Tensor:
         return self.tail.out.weight
-
-    def losses(self, z: Tensor, keep_mask: Tensor, images: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(reconstruction (B,3,H,W), squared error per image (B,))."""
-        out = self(z, keep_mask, base)
-        return out, (out - images).square().mean((1, 2, 3))
-
-    def decode(
-        self, z: Tensor, keep_mask: Tensor, base: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        return self(z, keep_mask, base)

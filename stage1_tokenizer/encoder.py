@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Encoder
+from stage1_tokenizer.contract import Encoder, Trunk
 from stage1_tokenizer.layers import (
     Block,
     LayerNorm,
@@ -26,11 +26,9 @@ from stage1_tokenizer.layers import (
     hidden_patches,
     training_only,
 )
-from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.timm_trunk import TimmTrunk
 
 
-class PatchTrunk(Spec, nn.Module):
+class PatchTrunk(Trunk):
     """Two-convolution stem and self-attention blocks: images (B,3,H,W) -> patches (B,N,D), N = (H/p)(W/p).
 
     The first convolution (3x3, stride 2) sees edges before the second folds the rest of the patch. With `mask_ratio`
@@ -63,11 +61,7 @@ class PatchTrunk(Spec, nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, checkpointing=checkpointing) for _ in range(depth))
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(
-                f"got images of shape {tuple(images.shape)}, wanted (B, 3, {self.image_size}, {self.image_size}): make "
-                "the data's image_size and the model's equal."
-            )
+        self.check(images)
         x = self.patch(F.gelu(self.stem(images)))  # (B,D,H/p,W/p)
         x = x.flatten(2).transpose(1, 2)  # (B,N,D)
         if self.null is not None and self.training:
@@ -83,7 +77,7 @@ class QFormerEncoder(Encoder):
     """Patches by cross-attention into K ordered queries (after BLIP-2's Q-Former and GigaTok's 1-D encoder).
 
     Args:
-        trunk: images -> patches (B,N,D); a `PatchTrunk` or a `TimmTrunk`.
+        trunk: images -> patches (B,N,D); a `PatchTrunk`, a `ConvTrunk` or a `TimmTrunk`.
         num_latents: K.
         depth: blocks of self-attention + cross-attention + MLP.
         heads: attention heads.
@@ -94,7 +88,7 @@ class QFormerEncoder(Encoder):
 
     def __init__(
         self,
-        trunk: PatchTrunk | TimmTrunk,
+        trunk: Trunk,
         num_latents: int = 16,
         depth: int = 1,
         heads: int = 2,

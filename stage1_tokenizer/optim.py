@@ -2,10 +2,10 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest
 semi-orthogonal matrix, found with a few Newton-Schulz steps. In the small networks of both stages it reaches in N steps
-what AdamW reaches in about two N. It suits hidden matrices only; embeddings, biases, gains, convolutions and output
-heads stay with AdamW.
+what AdamW reaches in about two N. It suits hidden matrices only; embeddings, biases, gains, and maps in and out of
+the hidden width stay with AdamW. A hidden convolution is the matrix (output channels, inputs x kernel).
 
-Which parameter goes where is written on it when it is born: `parameter.group` is "matrix" (2-D, Muon), "decay" (AdamW
+Which parameter goes where is written on it when it is born: `parameter.group` is "matrix" (Muon), "decay" (AdamW
 with weight decay) or "plain" (AdamW without; also what a parameter without the attribute gets). Both rules live in one
 `Optimizer`, so a training loop sees one `step` per batch and one learning-rate schedule.
 
@@ -38,7 +38,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """The trainable parameters of `module`, one group per entry of `GROUPS` that occurs, ready for `MuonAdamW`.
 
-    Raises ValueError if a parameter carries an unknown group, or is marked "matrix" and is not 2-D.
+    Raises ValueError if a parameter carries an unknown group, or is marked "matrix" and is no matrix.
     """
     members: dict[str, list[nn.Parameter]] = {group: [] for group in GROUPS}
     for name, parameter in module.named_parameters():
@@ -47,10 +47,10 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
         group = getattr(parameter, "group", "plain")
         if group not in members:
             raise ValueError(f"parameter '{name}' has group '{group}'; expected one of {', '.join(GROUPS)}")
-        if group == "matrix" and parameter.ndim != 2:
+        if group == "matrix" and parameter.ndim < 2:
             raise ValueError(
-                f"parameter '{name}' of shape {tuple(parameter.shape)} is in group 'matrix', which takes 2-D "
-                "parameters only; put it in 'decay' or 'plain'"
+                f"parameter '{name}' of shape {tuple(parameter.shape)} is in group 'matrix', which takes matrices and "
+                "convolutions only; put it in 'decay' or 'plain'"
             )
         members[group].append(parameter)
     return [{"params": parameters, "group": group} for group, parameters in members.items() if parameters]
@@ -228,19 +228,20 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         directions = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov: look one step ahead
 
+        matrices = [direction.flatten(1) for direction in directions]  # convolutions: (outputs, inputs x kernel)
         stacks: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index, p in enumerate(params):
-            stacks[(min(p.shape), max(p.shape))].append(index)
+        for index, matrix in enumerate(matrices):
+            stacks[(min(matrix.shape), max(matrix.shape))].append(index)
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         for members in stacks.values():
-            tall = [params[i].shape[0] > params[i].shape[1] for i in members]
-            stack = torch.stack([directions[i].mT if t else directions[i] for i, t in zip(members, tall, strict=True)])
+            tall = [matrices[i].shape[0] > matrices[i].shape[1] for i in members]
+            stack = torch.stack([matrices[i].mT if t else matrices[i] for i, t in zip(members, tall, strict=True)])
             updates = orthogonalize(stack, self.newton_schulz_steps, matmul_dtype(stack.device))  # (S, m, n)
             for i, t, update in zip(members, tall, updates, strict=True):
-                p = params[i]
-                scale = math.sqrt(max(1.0, p.shape[0] / p.shape[1]))
-                p.add_(update.mT if t else update, alpha=-group["lr"] * scale)
+                rows, columns = matrices[i].shape
+                scale = math.sqrt(max(1.0, rows / columns))
+                params[i].add_((update.mT if t else update).reshape(params[i].shape), alpha=-group["lr"] * scale)
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:

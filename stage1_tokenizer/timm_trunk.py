@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from stage1_tokenizer.contract import Trunk
 from stage1_tokenizer.layers import DECAY, hidden_patches, mark, training_only
-from stage1_tokenizer.spec import Spec
 
 KERNEL = "patch_embed.proj.weight"
 
 
-class TimmTrunk(Spec, nn.Module):
+class TimmTrunk(Trunk):
     """images (B,3,H,W) in [-1,1] -> patches (B,N,D) of a timm vision transformer, class and register tokens left out.
 
     Args:

@@ -13,8 +13,7 @@ Letters: B batch, N patches, K latents, k prefix length, D width.
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Encoder
-from stage1_tokenizer.encoder import PatchTrunk
+from stage1_tokenizer.contract import Encoder, Trunk
 from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, embedding, training_only
 
 
@@ -32,7 +31,7 @@ class TiTokEncoder(Encoder):
 
     def __init__(
         self,
-        trunk: PatchTrunk,
+        trunk: Trunk,
         num_latents: int = 16,
         depth: int = 3,
         heads: int = 2,

@@ -71,6 +71,8 @@ class Tokenizer(Spec, nn.Module):
         self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.lengths, self.text, self.linear_path = lengths, text, linear_path
+        if linear_path is not None:
+            bottleneck.start_silent()
         self.register_buffer("latent_mean", torch.zeros(self.num_latents, self.latent_dim))
         self.register_buffer("latent_scale", torch.ones(self.num_latents, self.latent_dim))
 

@@ -52,6 +52,22 @@ def test_groups_follow_the_mark_on_the_parameter() -> None:
         parameter_groups(net)
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (48, 4, 1, 1)])
+def test_a_convolution_moves_as_the_matrix_of_its_outputs_and_inputs(shape: tuple[int, ...]) -> None:
+    weight = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    matrix = nn.Parameter(weight.detach().flatten(1).clone())
+    start = weight.detach().clone()
+    for p in (weight, matrix):
+        p.group = "matrix"  # type: ignore[attr-defined]
+    optimizers = [MuonAdamW(parameter_groups(nn.ParameterList([p]))) for p in (weight, matrix)]
+    for step in range(3):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        weight.grad, matrix.grad = gradient, gradient.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(weight.flatten(1), matrix) and not torch.equal(weight, start)
+
+
 def test_matrices_move_as_under_torch_muon() -> None:
     ours, theirs = network(), network()
     mine = MuonAdamW(parameter_groups(ours), matrix_lr=0.02, matrix_weight_decay=0.1)

@@ -14,6 +14,7 @@ from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.bottleneck import KLBottleneck
 from stage1_tokenizer.bottleneck_norm import NoiseBottleneck, NormBottleneck
 from stage1_tokenizer.contract import Bottleneck, Decoder, Encoder
+from stage1_tokenizer.convolutional import ConvDecoder, ConvTrunk
 from stage1_tokenizer.decoder import ViTDecoder
 from stage1_tokenizer.discrete import FSQBottleneck, VQBottleneck
 from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
@@ -32,6 +33,7 @@ def encoders() -> dict[str, Encoder]:
     return {
         "qformer": QFormerEncoder(PatchTrunk(SIZE, 4, WIDTH, 1, 2, stem_width=8), K, 2, 2),
         "masked patches": QFormerEncoder(PatchTrunk(SIZE, 4, WIDTH, 1, 2, stem_width=8, mask_ratio=0.5), K, 1, 2),
+        "convolutions": QFormerEncoder(ConvTrunk(SIZE, (8, 16), (1, 1), WIDTH), K, 1, 2),
         "titok": TiTokEncoder(PatchTrunk(SIZE, 4, WIDTH, 0, 2, stem_width=8), K, 2, 2),
     }
 
@@ -49,6 +51,7 @@ def bottlenecks() -> dict[str, Bottleneck]:
 def decoders() -> dict[str, Decoder]:
     return {
         "vit": ViTDecoder(SIZE, 4, K, C, WIDTH, 1, 2, tail_channels=8, tail_depth=1),
+        "convolutions": ConvDecoder(SIZE, K, C, (8, 16), (1, 1), WIDTH),
         "flow": FlowDecoder(SIZE, 4, K, C, WIDTH, 1, 2, tail_channels=8, tail_depth=1),
     }
 
@@ -73,6 +76,35 @@ def test_every_combination_keeps_the_contract(encoder: str, bottleneck: str, dec
     torch.testing.assert_close(loaded.encode(pictures()), full, atol=0, rtol=0)
     x, y = (m.decode(full[:, :2], generator=torch.Generator().manual_seed(3)) for m in (tokenizer, loaded))
     torch.testing.assert_close(x, y, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("channels", "depths"), [((8,), (1,)), ((8, 12, 16), (1, 0, 2))])
+def test_convolutions_start_from_a_base_and_correct_it_at_every_level(
+    channels: tuple[int, ...], depths: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    decoder = ConvDecoder(SIZE, K, C, channels, depths, WIDTH, base=True)
+    awaken(decoder)
+    z, keep = torch.randn(3, K, C), torch.ones(3, K, dtype=torch.bool)
+    base = pictures(3).requires_grad_()
+    decoder(z, keep, base).sum().backward()
+    assert base.grad is not None and (base.grad - 1).abs().max() > 0.01, "more than the sum that it ends in"
+    for level in decoder.base:
+        assert isinstance(level, torch.nn.Conv2d) and level.weight.grad is not None and level.weight.grad.any()
+    hidden = torch.zeros(3, K, dtype=torch.bool)
+    assert torch.equal(decoder(z, hidden, base), decoder(-z, hidden, base)), "hidden latents do not come through"
+    trunk = ConvTrunk(SIZE, channels, depths, WIDTH)
+    assert trunk(pictures()).shape == (5, trunk.num_patches, WIDTH)
+    assert trunk.num_patches == (SIZE // 2 ** len(channels)) ** 2
+
+
+def test_convolutions_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got image_size 24 and 4 levels, wanted a multiple of 2\^levels"):
+        ConvDecoder(24, K, C, (8, 8, 8, 8), (1, 1, 1, 1), WIDTH)
+    with pytest.raises(ValueError, match=r"got channels \(8, 16\) and depths \(1,\)"):
+        ConvTrunk(SIZE, (8, 16), (1,), WIDTH)
+    with pytest.raises(ValueError, match=r"wanted \(B, 3, 16, 16\)"):
+        ConvTrunk(SIZE, (8,), (1,), WIDTH)(pictures(2, 32))
 
 
 def test_flow_decoder_draws_what_the_latents_say_and_either_picture_where_they_say_nothing() -> None:
@@ -290,7 +322,8 @@ def test_weight_decay_shrinks_maps_and_leaves_everything_else_alone(decoder: str
     names = {p: name for name, p in module.named_parameters()}
     decayed = {names[p] for p in groups["decay"]}
     assert {"encoder.trunk.stem.weight", "encoder.trunk.patch.weight", "encoder.mix.weight"} <= decayed
-    assert {"decoder.patch.weight", "decoder.latent.weight", "decoder.tail.out.weight"} <= decayed
+    last = {"decoder.out.weight"} if decoder == "convolutions" else {"decoder.patch.weight", "decoder.tail.out.weight"}
+    assert {"decoder.latent.weight"} | last <= decayed
     plain = {names[p].rpartition(".")[2] for p in groups["plain"]}
     assert plain <= {"bias", "gain", "weight", "queries", "position", "null"}
     assert all("norm" in names[p] for p in groups["plain"] if names[p].endswith("weight")), "only those of norms"

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.bottleneck import KLBottleneck
+from stage1_tokenizer.bottleneck_norm import NormBottleneck
 from stage1_tokenizer.captioner import PrefixCaptioner
+from stage1_tokenizer.contract import Bottleneck
+from stage1_tokenizer.layers import Linears
 from tests.tiny import CAPTIONS, SIZE, WIDTH, C, K, pictures, tiny_tokenizer
 
 
@@ -20,6 +24,21 @@ def test_prefix_does_not_depend_on_how_many_latents_there_are(linear_path: bool)
     assert full.shape == (5, K, C)
     for k in range(1, K + 1):
         torch.testing.assert_close(tokenizer.encode(pictures(), k), full[:, :k], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bottleneck", [KLBottleneck(WIDTH, K, C), NormBottleneck(WIDTH, K, C)])
+def test_an_encoder_beside_a_linear_path_starts_silent_and_learns(bottleneck: Bottleneck) -> None:
+    parts = tiny_tokenizer(linear_path=True)
+    encoder, decoder, path = parts.encoder, parts.decoder, parts.linear_path
+    assert isinstance(bottleneck.project, Linears) and bottleneck.project.weight.any() and path is not None
+    path.fit(pictures(40, seed=3))
+    tokenizer = Tokenizer(SIZE, encoder, bottleneck, decoder, linear_path=path)
+    h, shift = encoder(pictures()), path.encode(pictures(), K)
+    assert torch.equal(bottleneck.posterior(h, shift)[0], bottleneck.posterior(torch.zeros_like(h), shift)[0])
+    parts_of_loss, _ = tokenizer.train().losses(pictures())
+    parts_of_loss["pixel"].backward()
+    gradient = bottleneck.project.weight.grad
+    assert gradient is not None and gradient[..., :C].any(), "silent at the start, not for good"
 
 
 def test_changing_a_query_leaves_every_earlier_latent_as_it_was() -> None:

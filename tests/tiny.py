@@ -39,6 +39,9 @@ def tiny_tokenizer(text: bool = True, linear_path: bool = False, seed: int = 0) 
         LinearPath(SIZE, K, C) if linear_path else None,
     )
     awaken(tokenizer)
+    if linear_path:
+        with torch.no_grad():
+            tokenizer.bottleneck.project.weight[..., :C].normal_(std=WIDTH**-0.5)  # it starts silent
     return tokenizer.eval()
 
 
