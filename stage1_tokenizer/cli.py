@@ -78,7 +78,8 @@ class UnspoolCLI(LightningCLI):
             model_class,
             pl.LightningDataModule,
             save_config_callback=None,  # config.yaml is written by `fit` alone
-            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            # `test` reads its split by itself, when Lightning has seen the one batch that it insists on
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "limit_test_batches": 1},
             seed_everything_default=0,
             parser_kwargs={"prog": prog},
             parser_class=ShortErrorParser,

@@ -33,6 +33,9 @@ class LitTokenizer(pl.LightningModule):
         lr: AdamW's rate, for everything that is not a block matrix.
         matrix_lr: Muon's rate, for block matrices.
         weight_decay: AdamW's, on the parameters marked for it: linear maps and convolutions outside the blocks.
+        matrix_weight_decay: Muon's. It bounds a matrix's largest singular value by about its inverse, which residual
+            convolutions without normalisation need: those of `configs/stage1/cifar10.yaml` die without, after
+            some 3,000 steps.
         warmup_steps: linear warm-up.
         flat_fraction: share of the steps at full rate before the cosine begins.
         long_captions: probability that the text loss uses a picture's longest caption, else any of its captions.
@@ -60,6 +63,7 @@ class LitTokenizer(pl.LightningModule):
         lr: float = 2.5e-3,
         matrix_lr: float = 0.012,
         weight_decay: float = 0.0,
+        matrix_weight_decay: float = 0.0,
         warmup_steps: int = 30,
         flat_fraction: float = 0.3,
         long_captions: float = 0.75,
@@ -79,7 +83,8 @@ class LitTokenizer(pl.LightningModule):
     ):
         super().__init__()
         self.tokenizer = tokenizer
-        self.lr, self.matrix_lr, self.weight_decay = lr, matrix_lr, weight_decay
+        self.lr, self.matrix_lr = lr, matrix_lr
+        self.weight_decay, self.matrix_weight_decay = weight_decay, matrix_weight_decay
         self.warmup_steps, self.flat_fraction = warmup_steps, flat_fraction
         self.long_captions, self.statistics_images = long_captions, statistics_images
         self.captions_by_length = captions_by_length
@@ -151,7 +156,11 @@ class LitTokenizer(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = MuonAdamW(
-            parameter_groups(self.tokenizer), lr=self.lr, matrix_lr=self.matrix_lr, weight_decay=self.weight_decay
+            parameter_groups(self.tokenizer),
+            lr=self.lr,
+            matrix_lr=self.matrix_lr,
+            weight_decay=self.weight_decay,
+            matrix_weight_decay=self.matrix_weight_decay,
         )
         total = planned_steps(self.trainer, self.accumulate)
         schedule = torch.optim.lr_scheduler.LambdaLR(

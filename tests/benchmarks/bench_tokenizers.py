@@ -64,7 +64,13 @@ class Contender:
         self.tokenizer = model.tokenizer
         self.seconds, self.spent, self.steps = seconds, 0.0, 0
         self.ema = EMA(self.tokenizer, parsed.option("ema.decay"))
-        self.optimizer = MuonAdamW(parameter_groups(self.tokenizer), lr=model.lr, matrix_lr=model.matrix_lr)
+        self.optimizer = MuonAdamW(
+            parameter_groups(self.tokenizer),
+            lr=model.lr,
+            matrix_lr=model.matrix_lr,
+            weight_decay=model.weight_decay,
+            matrix_weight_decay=model.matrix_weight_decay,
+        )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.found: list[tuple[float, list[float]]] = []  # (seconds, PSNR by prefix)
         self.draws = torch.random.get_rng_state()
