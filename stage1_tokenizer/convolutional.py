@@ -74,7 +74,7 @@ class ConvTrunk(Trunk):
         channels: of each level, the finest (half resolution) first; patches have a side of 2^levels pixels.
         depths: residual blocks of each level.
         width: D.
-    Raises ValueError for an image of another size.
+    Raises ValueError for levels that do not fit the image or each other, and for an image of another size.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class ConvDecoder(PixelDecoder):
         num_latents: K. latent_dim: C.
         width: of a cell of the grid that the latents are placed on.
         base: whether there is one to read.
+    Raises ValueError for levels that do not fit the image or each other, as `ConvTrunk` does.
     """
 
     def __init__(

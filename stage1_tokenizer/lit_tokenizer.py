@@ -154,14 +154,18 @@ class LitTokenizer(pl.LightningModule):
                 part.eval()
         return self
 
-    def configure_optimizers(self) -> Any:
-        optimizer = MuonAdamW(
+    def tokenizer_optimizer(self) -> MuonAdamW:
+        """The tokenizer's optimiser at the configured rates, without a schedule."""
+        return MuonAdamW(
             parameter_groups(self.tokenizer),
             lr=self.lr,
             matrix_lr=self.matrix_lr,
             weight_decay=self.weight_decay,
             matrix_weight_decay=self.matrix_weight_decay,
         )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.tokenizer_optimizer()
         total = planned_steps(self.trainer, self.accumulate)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)

@@ -27,7 +27,7 @@ from stage1_tokenizer.cli import UnspoolCLI
 from stage1_tokenizer.ema import EMA
 from stage1_tokenizer.lit_tokenizer import LitTokenizer
 from stage1_tokenizer.metrics import psnr
-from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage1_tokenizer.optim import warmup_flat_cosine
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.precision import matmul_dtype
 
@@ -64,13 +64,7 @@ class Contender:
         self.tokenizer = model.tokenizer
         self.seconds, self.spent, self.steps = seconds, 0.0, 0
         self.ema = EMA(self.tokenizer, parsed.option("ema.decay"))
-        self.optimizer = MuonAdamW(
-            parameter_groups(self.tokenizer),
-            lr=model.lr,
-            matrix_lr=model.matrix_lr,
-            weight_decay=model.weight_decay,
-            matrix_weight_decay=model.matrix_weight_decay,
-        )
+        self.optimizer = model.tokenizer_optimizer()
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.found: list[tuple[float, list[float]]] = []  # (seconds, PSNR by prefix)
         self.draws = torch.random.get_rng_state()
