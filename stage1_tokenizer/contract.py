@@ -45,11 +45,23 @@ class Bottleneck(Spec, nn.Module):
     """Features -> latents, position by position; `shift` is added to the latents' mean (a linear path).
 
     `project` maps features to the means, its first C columns, and to what else the class needs.
+
+    What decoders and text readers see of a latent has `read_dim` channels, C unless a class says so: `forward` gives it
+    in training, `read` makes it of the latents that `posterior` gives. A shift has `read_dim` channels, too.
     """
 
     num_latents: int
     latent_dim: int
     project: Linears
+    rounds = False  # True: a mean jumps at borders, so that it must be computed from all latents alike for any prefix
+
+    @property
+    def read_dim(self) -> int:
+        return self.latent_dim
+
+    def read(self, z: Tensor) -> Tensor:
+        """Latents (B,k,C) before standardisation -> what is read of them (B,k,read_dim)."""
+        return z
 
     @torch.no_grad()
     def start_silent(self) -> None:
@@ -57,7 +69,7 @@ class Bottleneck(Spec, nn.Module):
         self.project.weight[..., : self.latent_dim] = 0
 
     def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """h (B,k,D) -> (z (B,k,C) as the decoder sees it in training, losses and figures)."""
+        """h (B,k,D) -> (z (B,k,read_dim) as the decoder sees it in training, losses and figures)."""
         raise NotImplementedError
 
     def posterior(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,8 @@ class FSQBottleneck(Bottleneck):
     mean over positions of the sum of the channels' entropies in this batch (at most `bits_per_latent`).
     """
 
+    rounds = True
+
     def __init__(self, width: int = 128, num_latents: int = 16, levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)):
         super().__init__()
         if not levels or min(levels) < 2:
@@ -92,6 +94,8 @@ class VQBottleneck(Bottleneck):
     forward(h (B,k,D), shift (B,k,C) or None) -> (z (B,k,C), losses); losses: `commit` (both pulls), and to log
     `bits_used` (entropy of the codes in this batch).
     """
+
+    rounds = True
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """A code that is not learned: the linear path's, with a learned decoder behind it.
 
 The control of every encoder beside a linear path: what of a figure is the decoder's, and what did learning the code
-bring? It is also the way to use a path whose codes bear no correction (`FoldedPath`). `BlindEncoder` looks at nothing
-and `PathBottleneck` takes nothing from it, so that latents are the path's alone.
+bring? `BlindEncoder` looks at nothing and `PathBottleneck` takes nothing from it, so that latents are the path's alone.
 
 Letters: B batch, K latents, k <= K, C latent channels.
 """

@@ -70,7 +70,7 @@ def text_metrics(
         prompts = class_prompts(train["captions"], train["labels"].tolist())
         metrics["zero_shot"] = zero_shot(tokenizer, prefixes, held_out["labels"], prompts)
     if text.captioner is not None:
-        raw = z[chosen] * tokenizer.latent_scale + tokenizer.latent_mean  # (N, K, C)
+        raw = tokenizer.read(z[chosen])  # (N, K, C)
         metrics["caption_bits"] = {name: caption_bits(text, raw, texts, lengths) for name, texts in kinds.items()}
         for item, written in zip(
             metrics["captions_read"], write_captions(text, raw[:NUM_EXAMPLES], lengths), strict=True

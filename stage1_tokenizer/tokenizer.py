@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.contract import Bottleneck, Decoder, Encoder
@@ -61,13 +62,19 @@ class Tokenizer(Spec, nn.Module):
         parts["linear_path"] = linear_path
         if text is not None:
             parts |= {"text.reader": text.reader, "text.captioner": text.captioner}
-        sizes = {"num_latents": ("encoder", encoder.num_latents), "latent_dim": ("bottleneck", bottleneck.latent_dim)}
+        read = "latent_dim" if bottleneck.read_dim == bottleneck.latent_dim else "read_dim"
+        sizes = {
+            "num_latents": ("encoder.num_latents", encoder.num_latents),
+            "latent_dim": (f"bottleneck.{read}", bottleneck.read_dim),
+        }
         for name, part in parts.items():
             for size, (owner, wanted) in sizes.items():
+                if owner.startswith(name):
+                    continue
                 # an attribute, or else an argument of the constructor; a part that has neither cannot disagree
                 got = getattr(part, size, part.spec["init_args"].get(size, wanted)) if part is not None else wanted
                 if got != wanted:
-                    raise ValueError(f"{owner}.{size} is {wanted} but {name}.{size} is {got}; make them equal.")
+                    raise ValueError(f"{owner} is {wanted} but {name}.{size} is {got}; make them equal.")
         self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.lengths, self.text, self.linear_path = lengths, text, linear_path
@@ -90,8 +97,9 @@ class Tokenizer(Spec, nn.Module):
         """(mean, std) of the posterior, standardised, each (B,k,C). Arguments and errors as `encode`."""
         self.check_images(images)
         k = self.check_length(self.num_latents if k is None else k)
-        shift = self.linear_path.encode(images, k) if self.linear_path is not None else None
-        mean, std = self.bottleneck.posterior(self.encoder(images, k), shift)  # (B,k,C) each
+        n = self.num_latents if self.bottleneck.rounds else k  # a shorter product is not the same to the last bit
+        shift = self.linear_path.encode(images, n) if self.linear_path is not None else None
+        mean, std = (x[:, :k] for x in self.bottleneck.posterior(self.encoder(images, n), shift))  # (B,k,C) each
         return (mean - self.latent_mean[:k]) / self.latent_scale[:k], std / self.latent_scale[:k]
 
     def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -102,8 +110,8 @@ class Tokenizer(Spec, nn.Module):
         if z.ndim != 3 or z.shape[-1] != self.latent_dim:
             raise ValueError(f"got latents of shape {tuple(z.shape)}, wanted (B, k, {self.latent_dim}).")
         k = self.check_length(z.shape[1])
-        raw = z * self.latent_scale[:k] + self.latent_mean[:k]
-        raw = torch.cat([raw, raw.new_zeros(len(z), self.num_latents - k, self.latent_dim)], 1)  # (B,K,C)
+        raw = self.read(z)
+        raw = F.pad(raw, (0, 0, 0, self.num_latents - k))  # (B,K,C'), C' of `Bottleneck.read_dim`
         keep = keep_mask(torch.full((len(z),), k, device=z.device), self.num_latents)
         base = self.linear_path.decode(raw, keep) if self.linear_path is not None else None
         return self.decoder.decode(raw, keep, base, generator=generator).float().clamp(-1, 1)
@@ -119,9 +127,13 @@ class Tokenizer(Spec, nn.Module):
         Text is trained on the prefixes in `text.lengths`: the longest of them within k is what is read, or the shortest
         of them, with the latents that are there, if k is below it (`PrefixText.embed`).
         """
-        k = self.check_length(z.shape[1])
-        raw = z * self.latent_scale[:k] + self.latent_mean[:k]
-        return self.text_part().embed(raw)
+        self.check_length(z.shape[1])
+        return self.text_part().embed(self.read(z))
+
+    def read(self, z: Tensor) -> Tensor:
+        """z (B,k,C) standardised -> what decoder and text part read of it (B,k,C'): see `Bottleneck.read`."""
+        k = z.shape[1]
+        return self.bottleneck.read(z * self.latent_scale[:k] + self.latent_mean[:k])
 
     @property
     def vocabulary(self) -> CaptionVocabulary:
