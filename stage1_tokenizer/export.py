@@ -24,11 +24,14 @@ M = TypeVar("M", bound=nn.Module)
 def save_module(module: nn.Module, folder: str | Path, card: str | None = None) -> Path:
     """Write `module` (a Spec) to `folder`; the weights file is written whole before it gets its name.
 
+    Tensors whose names begin as one of `module.training_state` are left out, if it has any.
     Without a `card`, a module that was loaded keeps the one of the folder that it came from, whatever was done to it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+    left_out: tuple[str, ...] = getattr(module, "training_state", ())
+    state = {name: t for name, t in module.state_dict().items() if not name.startswith(left_out)}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
     partial = folder / "model.safetensors.part"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")

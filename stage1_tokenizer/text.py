@@ -21,8 +21,9 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stage1_tokenizer.caption_memory import CaptionMemory
 from stage1_tokenizer.captioner import PrefixCaptioner
-from stage1_tokenizer.layers import MATRIX, LayerNorm, Linears, linear, mark
+from stage1_tokenizer.layers import MATRIX, LayerNorm, Linears, linear, mark, training_only
 from stage1_tokenizer.open_clip_tower import OpenClipTower, token_features
 from stage1_tokenizer.order import keep_mask
 from stage1_tokenizer.spec import Spec
@@ -144,7 +145,7 @@ class QueryReader(Spec, nn.Module):
 class SigmoidContrast(Spec, nn.Module):
     """Sigmoid contrastive loss (Zhai et al. 2023, "SigLIP", eq. 1) with repeated captions counted as pairs.
 
-    forward(image (B,P,E), text (B,E) or (B,P,E), same (B,B) or (P,B,B) bool) -> (P,) loss per prefix.
+    forward as `SoftmaxContrast`.
     """
 
     def __init__(self, temperature: float = 10.0, bias: float = -4.0):
@@ -153,15 +154,17 @@ class SigmoidContrast(Spec, nn.Module):
         self.bias = nn.Parameter(torch.tensor(bias))
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
-        logits = self.log_scale.exp() * torch.einsum("bpe,cpe->pbc", image, text) + self.bias  # (P,B,B)
-        sign, (counted, pairs) = torch.where(same, 1.0, -1.0), counted_pairs(same)
+        logits = self.log_scale.exp() * torch.einsum("bpe,cpe->pbc", image, text) + self.bias  # (P,B,C)
+        sign, (counted, pairs) = torch.where(same, 1.0, -1.0), counted_pairs(same, text)
         return mean_of(-(F.logsigmoid(sign * logits) * pairs).sum(-1), counted)  # (P,)
 
 
 class SoftmaxContrast(Spec, nn.Module):
     """Symmetric InfoNCE (Radford et al. 2021, "CLIP"), with repeated captions sharing the target mass.
 
-    forward(image (B,P,E), text (B,P,E), same (P,B,B) bool) -> (P,) loss per prefix.
+    forward(image (B,P,E), text (C,P,E), same (P,B,C) bool) -> (P,) loss per prefix. The first B captions are those of
+    the pictures, more are negatives (`CaptionMemory`): pictures choose among all, captions among the pictures. A
+    caption of zeros is none.
     """
 
     def __init__(self, temperature: float = 14.0):
@@ -169,14 +172,14 @@ class SoftmaxContrast(Spec, nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(temperature)))
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
-        logits = self.log_scale.exp().clamp(max=100.0) * torch.einsum("bpe,cpe->pbc", image, text)  # (P,B,B)
-        return symmetric_cross_entropy(logits, same)  # (P,)
+        logits = self.log_scale.exp().clamp(max=100.0) * torch.einsum("bpe,cpe->pbc", image, text)  # (P,B,C)
+        return symmetric_cross_entropy(logits, same, text)  # (P,)
 
 
 class MaxOverQueries(Spec, nn.Module):
     """BLIP-2's image-text contrast: the similarity of a picture and a caption is the best one over all queries.
 
-    forward as `SoftmaxContrast`, but all P entries of `image` compete for one caption, the first of `text` (B,P,E),
+    forward as `SoftmaxContrast`, but all P entries of `image` compete for one caption, the first of `text` (C,P,E),
     and the result is (1,). A report has to let them compete as well: see `PrefixText.competing`.
     """
 
@@ -185,24 +188,37 @@ class MaxOverQueries(Spec, nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(temperature)))
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
-        best = torch.einsum("bpe,ce->bpc", image, text[:, 0]).amax(1)  # (B,B)
-        return symmetric_cross_entropy(self.log_scale.exp().clamp(max=100.0) * best[None], same[:1])  # (1,)
+        best = torch.einsum("bpe,ce->bpc", image, text[:, 0]).amax(1)  # (B,C)
+        logits = self.log_scale.exp().clamp(max=100.0) * best[None]
+        return symmetric_cross_entropy(logits, same[:1], text[:, :1])  # (1,)
 
 
-def symmetric_cross_entropy(logits: Tensor, same: Tensor) -> Tensor:
-    """logits (P,B,B), same (P,B,B) bool -> (P,): cross-entropy over rows and columns, true pairs share the target."""
-    counted, pairs = counted_pairs(same)
+def symmetric_cross_entropy(logits: Tensor, same: Tensor, text: Tensor) -> Tensor:
+    """logits, same (P,B,C), text (C,P,E) -> (P,): cross-entropy over rows and columns, true pairs share the target.
+
+    The columns of captions beyond the first B are left out: their pictures are not there.
+    """
+    counted, pairs = counted_pairs(same, text)
     logits = torch.where(pairs, logits, -1e4)  # finite, since 0 times minus infinity is not a number
-    target = same / same.sum(-1, keepdim=True).clamp(min=1)
-    rows = -(target * logits.log_softmax(-1)).sum(-1)
-    columns = -(target * logits.log_softmax(-2)).sum(-2)
+    own = same[..., : same.shape[-2]]  # (P,B,B)
+    rows = -(shares(same) * logits.log_softmax(-1)).sum(-1)
+    columns = -(shares(own) * logits[..., : own.shape[-1]].log_softmax(-2)).sum(-2)
     return 0.5 * mean_of(rows + columns, counted)
 
 
-def counted_pairs(same: Tensor) -> tuple[Tensor, Tensor]:
-    """same (P,B,B) bool -> counted (P,B), pairs (P,B,B) bool: a picture that is no pair of itself has no caption."""
-    counted = same.diagonal(dim1=-2, dim2=-1)
-    return counted, counted[..., :, None] & counted[..., None, :]
+def shares(same: Tensor) -> Tensor:
+    """(P,B,C) bool -> the share of each true pair in its row."""
+    return same / same.sum(-1, keepdim=True).clamp(min=1)
+
+
+def counted_pairs(same: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """same (P,B,C) bool, text (C,P,E) -> counted (P,B), pairs (P,B,C) bool.
+
+    A picture that is no pair of itself has no caption. Of the captions beyond the first B, those of zeros are none.
+    """
+    counted = same.diagonal(dim1=-2, dim2=-1)  # (P,B)
+    more = text[same.shape[-2] :].any(-1).T  # (P,C-B)
+    return counted, counted[..., :, None] & torch.cat([counted, more], -1)[..., None, :]
 
 
 def mean_of(values: Tensor, counted: Tensor) -> Tensor:
@@ -260,6 +276,7 @@ class PrefixText(Spec, nn.Module):
         captioner: also a caption loss, which reads one random prefix of `lengths` per picture; None for none.
         caption_weight: of the caption loss beside the contrastive one.
         warmup: steps over which `share` rises from 0; reader and tower learn from the first one on.
+        memory: captions of earlier steps as further negatives; None for none.
     """
 
     def __init__(
@@ -273,6 +290,7 @@ class PrefixText(Spec, nn.Module):
         captioner: PrefixCaptioner | None = None,
         caption_weight: float = 0.5,
         warmup: int = 0,
+        memory: CaptionMemory | None = None,
     ):
         super().__init__()
         if warmup < 0 or every < 1:
@@ -289,6 +307,14 @@ class PrefixText(Spec, nn.Module):
                     f"captioner.{name} is {getattr(captioner, name)} but the tower's vocabulary has "
                     f"{getattr(tower.vocabulary, name)}; make them equal."
                 )
+        wanted = tower.embed_dim, tower.vocabulary.context_length
+        if memory is not None and (memory.embed_dim, memory.context_length) != wanted:
+            raise ValueError(
+                f"memory has embed_dim {memory.embed_dim} and context_length {memory.context_length} but the tower "
+                f"{wanted[0]} and {wanted[1]}; make them equal."
+            )
+        training_only(self, "memory")
+        self.memory = memory
         self.tower, self.reader, self.contrast = tower, reader, contrast
         self.lengths, self.every, self.warmup = sorted(lengths), every, warmup
         self.captioner, self.caption_weight = captioner, caption_weight
@@ -334,13 +360,21 @@ class PrefixText(Spec, nn.Module):
                 f"got {count} captions per picture, wanted one: MaxOverQueries compares all prefixes with the same "
                 "caption; set captions_by_length to 1."
             )
+        if count > 1 and self.memory is not None:
+            raise ValueError(f"got {count} captions per picture and a memory of one; leave one of the two out.")
         which = [round(i * (count - 1) / max(1, len(self.lengths) - 1)) for i in range(len(self.lengths))]
         embedded = self.tower(ids.flatten(0, 1)).unflatten(0, (batch, count))  # (B,M,E)
         said = ids[..., 1] != END  # (B,M), False = an empty caption
-        equal = ((ids[:, None] == ids[None]).all(-1) & said).permute(2, 0, 1)  # (M,B,B)
+        known, known_ids = embedded, ids
+        if self.memory is not None:
+            earlier, earlier_ids = self.memory.recall()
+            known, known_ids = torch.cat([embedded, earlier[:, None]]), torch.cat([ids, earlier_ids[:, None]])
+            if self.training:
+                self.memory.store(embedded[:, 0] * said, ids[:, 0])
+        equal = ((ids[:, None] == known_ids[None]).all(-1) & said[:, None]).permute(2, 0, 1)  # (M,B,C)
         image = self.reader(z, self.lengths)  # (B,P,E)
         shared = on_device(which, ids.device)  # (P,)
-        each = self.contrast(image, embedded[:, shared], equal[shared])  # (P,), or (1,) of all together
+        each = self.contrast(image, known[:, shared], equal[shared])  # (P,), or (1,) of all together
         parts = {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}
         if self.captioner is not None:
             drawn = torch.multinomial(self.weights, batch, replacement=True)  # (B,) short prefixes more often

@@ -45,6 +45,7 @@ class Tokenizer(Spec, nn.Module):
 
     latent_mean: Tensor
     latent_scale: Tensor
+    training_state = ("text.memory.",)  # in checkpoints, not in exports
     checks_pixels = True  # of `encode`: False where who decoded them vouches for it, since a look waits for a GPU
 
     def __init__(
@@ -232,7 +233,8 @@ class Tokenizer(Spec, nn.Module):
             mine, theirs = getattr(self, name), getattr(other, name)
             if (mine and mine.spec) != (theirs and theirs.spec):
                 raise ValueError(f"the {name} of this config differs from that of the tokenizer to start from.")
-        state = other.state_dict()
+        state = {n: t for n, t in other.state_dict().items() if not n.startswith(self.training_state)}
+        state |= {n: t for n, t in self.state_dict().items() if n.startswith(self.training_state)}
         if self.decoder.spec != other.decoder.spec:
             state = {n: t for n, t in state.items() if not n.startswith("decoder.")} | {
                 n: t for n, t in self.state_dict().items() if n.startswith("decoder.")

@@ -4,6 +4,7 @@ An overlay's first line names what it goes over: `# Over CONFIG + OVERLAY: what 
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,23 +22,27 @@ from stage2_prior.prior_data import PriorDataModule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 OVERLAYS = [None, *sorted((CONFIGS / "variants").glob("prior_*.yaml"))]
-SIZE, PATCHES = (16, 16), (64, 48)
+SIZE, NARROW, PATCHES = (16, 16), (24, 5), (64, 48)
 CAPTIONS = ["a photo of a cat", "a red circle on a white background"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random latents of the demo's size, a few pictures and their patches, and the demo's tokenizer, untrained."""
+    """Random latents of the demo's size and narrow ones, with the tokenizers of both, untrained; a few pictures and
+    their patches."""
     folder = tmp_path_factory.mktemp("run")
-    for split, n in (("train", 12), ("val", 4)):
-        with LatentShardWriter(folder / "latents", split) as writer:
-            for i in range(n):
-                writer.write(f"{i:03d}", torch.randn(SIZE), torch.rand(SIZE), CAPTIONS, {}, label=i % 10)
-    tokenizer = build(yaml.safe_load((CONFIGS / "stage1" / "demo.yaml").read_text())["model"]["tokenizer"])
-    assert isinstance(tokenizer, Tokenizer) and (tokenizer.num_latents, tokenizer.latent_dim) == SIZE
-    tokenizer.vocabulary.fit(CAPTIONS)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    write_latent_manifest(folder / "latents", *SIZE, tokenizer.fingerprint)
+    spec = yaml.safe_load((CONFIGS / "stage1" / "demo.yaml").read_text())["model"]["tokenizer"]
+    overlay = yaml.safe_load((CONFIGS / "variants" / "narrow_latents.yaml").read_text())["model"]["tokenizer"]
+    for made, size, described in ((folder, SIZE, spec), (folder / "narrow", NARROW, merged(spec, overlay))):
+        tokenizer = build(described)
+        assert isinstance(tokenizer, Tokenizer) and (tokenizer.num_latents, tokenizer.latent_dim) == size
+        tokenizer.vocabulary.fit(CAPTIONS)
+        tokenizer.save_pretrained(made / "tokenizer")
+        for split, n in (("train", 12), ("val", 4)):
+            with LatentShardWriter(made / "latents", split) as writer:
+                for i in range(n):
+                    writer.write(f"{i:03d}", torch.randn(size), torch.rand(size), CAPTIONS, {}, label=i % 10)
+        write_latent_manifest(made / "latents", *size, tokenizer.fingerprint)
     words = ["prepare", "--source", "scenes", "--num", "24", "--val-fraction", "0.25", "--workers", "1"]
     assert data_main([*words, "--out", str(folder / "data")]) == 0
     cut = ["--run_dir", str(folder / "patches"), "--data", str(folder / "data"), "--patch_size", "4"]
@@ -58,7 +63,10 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     changes = yaml.safe_load(overlay.read_text()) if overlay else {}
     from_pictures = "class_path" in changes.get("data", {})
     files = [word for file in files_of(overlay) for word in ("--config", str(file))]
-    made = run / "patches" if any("patches" in file for file in files) else run
+    made, size = run, SIZE
+    for folder, other in (("patches", PATCHES), ("narrow", NARROW)):
+        if any(folder in file for file in files):
+            made, size = run / folder, other
     options = {
         "run_dir": tmp_path,
         "data.data_dir": run / "data" if from_pictures else made / "latents",
@@ -74,7 +82,7 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     )
     assert not any("encoder" in name for name in cli.model.state_dict())  # a checkpoint holds no tokenizer
     prior = Prior.from_pretrained(tmp_path / "prior")
-    assert (prior.num_latents, prior.latent_dim) == (SIZE if made == run else PATCHES)
+    assert (prior.num_latents, prior.latent_dim) == size
     text = prior.encode_text(["a photo of a cat"])
     assert prior.losses(torch.randn(1, prior.num_latents, prior.latent_dim), text).isfinite().all()
     wanted = changes.get("model", {}).get("prior", {})
@@ -83,6 +91,13 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     guidance = changes.get("model", {}).get("guidance")
     assert guidance is None or cli.model.guidance.spec["class_path"] == guidance["class_path"]
     assert type(cli.datamodule).__name__ == ("PriorImageModule" if from_pictures else "PriorDataModule")
+
+
+def merged(config: Any, overlay: Any) -> Any:
+    """`config` with what `overlay` says instead."""
+    if not (isinstance(config, dict) and isinstance(overlay, dict)):
+        return overlay
+    return config | {key: merged(config.get(key), value) for key, value in overlay.items()}
 
 
 def subset(wanted: object, found: object) -> bool:
