@@ -15,7 +15,7 @@ from stage1_tokenizer.vocabulary import PAD
 
 
 class CaptionMemory(Spec, nn.Module):
-    """The last Q captions: `recall()` -> (embeddings (Q,E), ids (Q,L)), rows of PAD where nothing is kept yet.
+    """The last Q captions: `embedded` (Q,E) and `ids` (Q,L), zeros and PAD where nothing is kept yet.
 
     It belongs to a training run: it is in checkpoints, so that a resumed run goes on exactly, and not in exports.
 
@@ -36,9 +36,6 @@ class CaptionMemory(Spec, nn.Module):
         self.register_buffer("embedded", torch.zeros(size, embed_dim))
         self.register_buffer("ids", torch.full((size, context_length), PAD, dtype=torch.long))
         self.register_buffer("at", torch.zeros((), dtype=torch.long))
-
-    def recall(self) -> tuple[Tensor, Tensor]:
-        return self.embedded.clone(), self.ids.clone()  # `store` writes in place, before the backward pass
 
     @torch.no_grad()
     def store(self, embedded: Tensor, ids: Tensor) -> None:

@@ -367,8 +367,9 @@ class PrefixText(Spec, nn.Module):
         said = ids[..., 1] != END  # (B,M), False = an empty caption
         known, known_ids = embedded, ids
         if self.memory is not None:
-            earlier, earlier_ids = self.memory.recall()
-            known, known_ids = torch.cat([embedded, earlier[:, None]]), torch.cat([ids, earlier_ids[:, None]])
+            # copies: `store` writes in place, before the backward pass
+            known = torch.cat([embedded, self.memory.embedded[:, None]])  # (C,1,E)
+            known_ids = torch.cat([ids, self.memory.ids[:, None]])  # (C,1,L)
             if self.training:
                 self.memory.store(embedded[:, 0] * said, ids[:, 0])
         equal = ((ids[:, None] == known_ids[None]).all(-1) & said[:, None]).permute(2, 0, 1)  # (M,B,C)

@@ -37,11 +37,10 @@ def test_the_oldest_captions_give_way() -> None:
     for first in (0, 3, 6):
         numbers = torch.arange(first, first + 3)[:, None]
         memory.store(numbers.float(), numbers)
-    embedded, ids = memory.recall()
-    assert sorted(ids.flatten().tolist()) == [4, 5, 6, 7, 8] and torch.equal(embedded, ids.float())
+    assert sorted(memory.ids.flatten().tolist()) == [4, 5, 6, 7, 8] and torch.equal(memory.embedded, memory.ids.float())
     numbers = torch.arange(10, 17)[:, None]
     memory.store(numbers.float(), numbers)
-    assert sorted(memory.recall()[1].flatten().tolist()) == [12, 13, 14, 15, 16]
+    assert sorted(memory.ids.flatten().tolist()) == [12, 13, 14, 15, 16]
 
 
 @pytest.mark.parametrize("contrast", [SoftmaxContrast, SigmoidContrast, MaxOverQueries])
@@ -58,6 +57,18 @@ def test_captions_of_earlier_steps_are_negatives_and_the_same_caption_is_none(co
     text.losses(z, ids_of(text, OTHERS))
     text.losses(z, ids_of(text, [OTHERS[i] for i in (1, 0, 3, 2)]))
     assert text.losses(z, ids)["text"] > alone + 0.1
+
+
+def test_pictures_choose_among_all_captions_and_captions_among_the_pictures() -> None:
+    """By hand: two pictures, their captions, an earlier one that says what the first does, and one that does not."""
+    torch.manual_seed(0)
+    image, text = (nn.functional.normalize(torch.randn(n, 1, E), dim=-1) for n in (2, 4))
+    same = torch.tensor([[True, False, True, False], [False, True, False, False]])
+    contrast = SoftmaxContrast(10.0)
+    logits = 10 * image[:, 0] @ text[:, 0].T
+    rows, columns = -logits.log_softmax(1), -logits[:, :2].log_softmax(0)
+    wanted = 0.5 * (0.5 * (rows[0, 0] + rows[0, 2]) + rows[1, 1] + columns[0, 0] + columns[1, 1]) / 2
+    torch.testing.assert_close(contrast(image, text, same[None]), wanted[None])
 
 
 def test_pictures_without_captions_leave_nothing_behind() -> None:
@@ -81,7 +92,7 @@ def test_nothing_is_learned_through_what_is_kept_and_nothing_is_kept_outside_tra
         text.losses(z, ids_of(text, captions))["text"].backward()  # the second one through the first one's captions
     before = text.memory.embedded.clone()
     assert before.any() and not before.requires_grad
-    text.eval().losses(z, ids_of(text, OTHERS))
+    text.eval().losses(z, ids_of(text, [*OTHERS[2:], *CAPTIONS[2:]]))
     assert torch.equal(text.memory.embedded, before)
 
 
