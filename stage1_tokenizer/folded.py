@@ -14,9 +14,11 @@ reads a. Rounding errs by s^2 / 12 in a; noise of standard deviation nu on z err
 mean of F's inverse squared slope). Where an error of b costs r^2 times one of a, the least sum is at
 s = 391^(1/4) sqrt(nu r).
 
-Training folds, adds the noise and unfolds; gradients pass both errors straight through to a and b (van den Oord et al.
-2017), so the encoder learns what each of the two shall say. The step is learned with them: both errors are written as
-what they are of it, s times a rounding and 1 / s times a noise, so that its gradient weighs one against the other.
+Training folds, adds the noise and unfolds, and the encoder learns what each of the two shall say. Gradients pass the
+rounding straight through to a (van den Oord et al. 2017); that of b is the true one, through F and back, which ends
+where b leaves the range that can be read: passed straight through, it drove b away for good. The step is learned with
+them: both errors are written as what they are of it, s times a rounding and 1 / s times a noise, so that its gradient
+weighs one against the other.
 
 What it costs: the code wants its precision. Noise far above nu makes it worse than one value a channel, and whoever
 models the latents has to place them within a fraction of a step to say anything about b.
@@ -96,11 +98,14 @@ class FoldedBottleneck(Bottleneck):
 
     def read(self, z: Tensor) -> Tensor:
         """z (B,k,C) -> (B,k,2C): a at the middle of its step, b from the place within it."""
-        s = self.step(z.shape[1])
-        z = z.float() / s
+        n, v = self.unfold(z)
+        return unpaired(n * self.step(z.shape[1]), SPREAD * torch.special.ndtri(v.clamp(EDGE, 1 - EDGE)))
+
+    def unfold(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B,k,C) -> n and v, each (B,k,C)."""
+        z = z.float() / self.step(z.shape[1])
         n = z.round()
-        v = snake(n, z - n + 0.5).clamp(EDGE, 1 - EDGE)
-        return unpaired(n * s, SPREAD * torch.special.ndtri(v))
+        return n, snake(n, z - n + 0.5)
 
     def posterior(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean = self.fold(self.values(h, shift))
@@ -109,14 +114,15 @@ class FoldedBottleneck(Bottleneck):
     def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(what is read of the noisy z (B,k,2C), losses): for the decoder, as `read` gives it later."""
         y = self.values(h, shift)
-        s = self.step(y.shape[1])
+        (a, b), s = pairs(y), self.step(y.shape[1])
+        v = torch.special.ndtr(b / SPREAD)
         with torch.no_grad():
             z = self.fold(y)
-            errors = self.read(z + self.noise * torch.randn_like(z)) - y
-            of_a, of_b = pairs(errors)
-            rounding, blur = of_a / s, of_b * s  # neither depends on s, in the mean
+            n, seen_v = self.unfold(z + self.noise * torch.randn_like(z))
+            rounding, blur = n - a / s, (seen_v - v) * s  # neither depends on s, in the mean
+        seen_b = SPREAD * torch.special.ndtri((v + blur / s).clamp(EDGE, 1 - EDGE))
         kl = 0.5 * y.square().mean()
-        return y + unpaired(rounding * s, blur / s), {"kl": self.weight * kl, "kl_nats": kl.detach()}
+        return unpaired(a + rounding * s, seen_b), {"kl": self.weight * kl, "kl_nats": kl.detach()}
 
 
 def pairs(y: Tensor) -> tuple[Tensor, Tensor]:
