@@ -14,11 +14,11 @@ reads a. Rounding errs by s^2 / 12 in a; noise of standard deviation nu on z err
 mean of F's inverse squared slope). Where an error of b costs r^2 times one of a, the least sum is at
 s = 391^(1/4) sqrt(nu r).
 
-Training folds, adds the noise and unfolds, and the encoder learns what each of the two shall say. Gradients pass the
-rounding straight through to a (van den Oord et al. 2017); that of b is the true one, through F and back, which ends
-where b leaves the range that can be read: passed straight through, it drove b away for good. The step is learned with
-them: both errors are written as what they are of it, s times a rounding and 1 / s times a noise, so that its gradient
-weighs one against the other.
+Training folds, adds the noise and unfolds, and the encoder learns what each of the two shall say: gradients pass both
+errors straight through to a and b (van den Oord et al. 2017). Those that would drive b out of the range that can be
+read stop there, else they do so for good; its true gradient, through F and back, has tails too heavy to learn from. The
+step is learned with them: both errors are written as what they are of it, s times a rounding and 1 / s times a noise,
+so that its gradient weighs one against the other.
 
 What it costs: the code wants its precision. Noise far above nu makes it worse than one value a channel, and whoever
 models the latents has to place them within a fraction of a step to say anything about b.
@@ -27,6 +27,7 @@ Letters: B batch, K latents, k <= K, D width, C latent channels, nu `noise`.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from stage1_tokenizer.layers import Linears
 
 SPREAD = math.sqrt(3)  # of the compander, in standard deviations of b
 STEP = (12 * 32.6) ** 0.25
+LIMIT = 4.0  # of b, in the same: no gradient drives it further
 EDGE = 1e-3  # v stays so far from 0 and 1: b within 5.3 standard deviations
 
 
@@ -98,14 +100,11 @@ class FoldedBottleneck(Bottleneck):
 
     def read(self, z: Tensor) -> Tensor:
         """z (B,k,C) -> (B,k,2C): a at the middle of its step, b from the place within it."""
-        n, v = self.unfold(z)
-        return unpaired(n * self.step(z.shape[1]), SPREAD * torch.special.ndtri(v.clamp(EDGE, 1 - EDGE)))
-
-    def unfold(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B,k,C) -> n and v, each (B,k,C)."""
-        z = z.float() / self.step(z.shape[1])
+        s = self.step(z.shape[1])
+        z = z.float() / s
         n = z.round()
-        return n, snake(n, z - n + 0.5)
+        v = snake(n, z - n + 0.5).clamp(EDGE, 1 - EDGE)
+        return unpaired(n * s, SPREAD * torch.special.ndtri(v))
 
     def posterior(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean = self.fold(self.values(h, shift))
@@ -114,15 +113,29 @@ class FoldedBottleneck(Bottleneck):
     def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """(what is read of the noisy z (B,k,2C), losses): for the decoder, as `read` gives it later."""
         y = self.values(h, shift)
+        kl = 0.5 * y.square().mean()  # before b is bounded: it is what brings one back
         (a, b), s = pairs(y), self.step(y.shape[1])
-        v = torch.special.ndtr(b / SPREAD)
+        b = Inward.apply(b, LIMIT)
         with torch.no_grad():
             z = self.fold(y)
-            n, seen_v = self.unfold(z + self.noise * torch.randn_like(z))
-            rounding, blur = n - a / s, (seen_v - v) * s  # neither depends on s, in the mean
-        seen_b = SPREAD * torch.special.ndtri((v + blur / s).clamp(EDGE, 1 - EDGE))
-        kl = 0.5 * y.square().mean()
-        return unpaired(a + rounding * s, seen_b), {"kl": self.weight * kl, "kl_nats": kl.detach()}
+            seen_a, seen_b = pairs(self.read(z + self.noise * torch.randn_like(z)))
+            rounding, blur = (seen_a - a) / s, (seen_b - b) * s  # neither depends on s, in the mean
+        return unpaired(a + rounding * s, b + blur / s), {"kl": self.weight * kl, "kl_nats": kl.detach()}
+
+
+class Inward(torch.autograd.Function):
+    """The identity; gradients that would drive a value beyond +-`limit` are zero, those that bring it back pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limit = limit
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.where((x.abs() < ctx.limit) | (gradient * x > 0), gradient, 0), None
 
 
 def pairs(y: Tensor) -> tuple[Tensor, Tensor]:
