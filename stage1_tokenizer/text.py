@@ -8,7 +8,8 @@ latents.
 `GradientBalance` bounds what this costs: the gradient that text sends into the latents is rescaled to a fixed share of
 the gradient that pixels send, so that neither a loss weight nor the falling pixel error decides who rules.
 
-Letters: B batch, K latents, C latent channels, E embedding width, L text tokens, P prefix lengths in use.
+Letters: B batch, K latents, C latent channels, E embedding width, L text tokens, P prefix lengths in use, N captions
+compared with: the batch's, and what a memory adds.
 """
 
 import functools
@@ -154,7 +155,7 @@ class SigmoidContrast(Spec, nn.Module):
         self.bias = nn.Parameter(torch.tensor(bias))
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
-        logits = self.log_scale.exp() * torch.einsum("bpe,cpe->pbc", image, text) + self.bias  # (P,B,C)
+        logits = self.log_scale.exp() * torch.einsum("bpe,cpe->pbc", image, text) + self.bias  # (P,B,N)
         sign, (counted, pairs) = torch.where(same, 1.0, -1.0), counted_pairs(same, text)
         return mean_of(-(F.logsigmoid(sign * logits) * pairs).sum(-1), counted)  # (P,)
 
@@ -162,7 +163,7 @@ class SigmoidContrast(Spec, nn.Module):
 class SoftmaxContrast(Spec, nn.Module):
     """Symmetric InfoNCE (Radford et al. 2021, "CLIP"), with repeated captions sharing the target mass.
 
-    forward(image (B,P,E), text (C,P,E), same (P,B,C) bool) -> (P,) loss per prefix. The first B captions are those of
+    forward(image (B,P,E), text (N,P,E), same (P,B,N) bool) -> (P,) loss per prefix. The first B captions are those of
     the pictures, more are negatives (`CaptionMemory`): pictures choose among all, captions among the pictures. A
     caption of zeros is none.
     """
@@ -172,14 +173,14 @@ class SoftmaxContrast(Spec, nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(temperature)))
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
-        logits = self.log_scale.exp().clamp(max=100.0) * torch.einsum("bpe,cpe->pbc", image, text)  # (P,B,C)
+        logits = self.log_scale.exp().clamp(max=100.0) * torch.einsum("bpe,cpe->pbc", image, text)  # (P,B,N)
         return symmetric_cross_entropy(logits, same, text)  # (P,)
 
 
 class MaxOverQueries(Spec, nn.Module):
     """BLIP-2's image-text contrast: the similarity of a picture and a caption is the best one over all queries.
 
-    forward as `SoftmaxContrast`, but all P entries of `image` compete for one caption, the first of `text` (C,P,E),
+    forward as `SoftmaxContrast`, but all P entries of `image` compete for one caption, the first of `text` (N,P,E),
     and the result is (1,). A report has to let them compete as well: see `PrefixText.competing`.
     """
 
@@ -188,13 +189,13 @@ class MaxOverQueries(Spec, nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(temperature)))
 
     def forward(self, image: Tensor, text: Tensor, same: Tensor) -> Tensor:
-        best = torch.einsum("bpe,ce->bpc", image, text[:, 0]).amax(1)  # (B,C)
+        best = torch.einsum("bpe,ce->bpc", image, text[:, 0]).amax(1)  # (B,N)
         logits = self.log_scale.exp().clamp(max=100.0) * best[None]
         return symmetric_cross_entropy(logits, same[:1], text[:, :1])  # (1,)
 
 
 def symmetric_cross_entropy(logits: Tensor, same: Tensor, text: Tensor) -> Tensor:
-    """logits, same (P,B,C), text (C,P,E) -> (P,): cross-entropy over rows and columns, true pairs share the target.
+    """logits, same (P,B,N), text (N,P,E) -> (P,): cross-entropy over rows and columns, true pairs share the target.
 
     The columns of captions beyond the first B are left out: their pictures are not there.
     """
@@ -207,17 +208,17 @@ def symmetric_cross_entropy(logits: Tensor, same: Tensor, text: Tensor) -> Tenso
 
 
 def shares(same: Tensor) -> Tensor:
-    """(P,B,C) bool -> the share of each true pair in its row."""
+    """(P,B,N) bool -> the share of each true pair in its row."""
     return same / same.sum(-1, keepdim=True).clamp(min=1)
 
 
 def counted_pairs(same: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """same (P,B,C) bool, text (C,P,E) -> counted (P,B), pairs (P,B,C) bool.
+    """same (P,B,N) bool, text (N,P,E) -> counted (P,B), pairs (P,B,N) bool.
 
     A picture that is no pair of itself has no caption. Of the captions beyond the first B, those of zeros are none.
     """
     counted = same.diagonal(dim1=-2, dim2=-1)  # (P,B)
-    more = text[same.shape[-2] :].any(-1).T  # (P,C-B)
+    more = text[same.shape[-2] :].any(-1).T  # (P,N-B)
     return counted, counted[..., :, None] & torch.cat([counted, more], -1)[..., None, :]
 
 
@@ -368,11 +369,11 @@ class PrefixText(Spec, nn.Module):
         known, known_ids = embedded, ids
         if self.memory is not None:
             # copies: `store` writes in place, before the backward pass
-            known = torch.cat([embedded, self.memory.embedded[:, None]])  # (C,1,E)
-            known_ids = torch.cat([ids, self.memory.ids[:, None]])  # (C,1,L)
+            known = torch.cat([embedded, self.memory.embedded[:, None]])  # (N,1,E)
+            known_ids = torch.cat([ids, self.memory.ids[:, None]])  # (N,1,L)
             if self.training:
                 self.memory.store(embedded[:, 0] * said, ids[:, 0])
-        equal = ((ids[:, None] == known_ids[None]).all(-1) & said[:, None]).permute(2, 0, 1)  # (M,B,C)
+        equal = ((ids[:, None] == known_ids[None]).all(-1) & said[:, None]).permute(2, 0, 1)  # (M,B,N)
         image = self.reader(z, self.lengths)  # (B,P,E)
         shared = on_device(which, ids.device)  # (P,)
         each = self.contrast(image, known[:, shared], equal[shared])  # (P,), or (1,) of all together

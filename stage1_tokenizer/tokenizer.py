@@ -70,7 +70,7 @@ class Tokenizer(Spec, nn.Module):
         }
         for name, part in parts.items():
             for size, (owner, wanted) in sizes.items():
-                if owner.startswith(name):
+                if owner.startswith(name):  # the bottleneck decides what is read of its latents
                     continue
                 # an attribute, or else an argument of the constructor; a part that has neither cannot disagree
                 got = getattr(part, size, part.spec["init_args"].get(size, wanted)) if part is not None else wanted
