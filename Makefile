@@ -34,7 +34,7 @@ demo: setup
 	python -m stage1_tokenizer predict --config configs/stage1/demo.yaml
 	python -m stage2_prior fit --config configs/stage2/demo.yaml --overwrite true
 	python -m stage2_prior test --config configs/stage2/demo.yaml
-	python -m stage2_prior.summary runs/demo
+	python -m stage2_prior.evaluation.summary runs/demo
 
 # The same run without text losses, then the demo's reconstruction report again, beside it.
 NO_TEXT = --config configs/stage1/demo.yaml --config configs/variants/no_text.yaml \
@@ -61,7 +61,7 @@ reading: setup
 	$(call read,reads,$(ONLY))
 	$(call read,reads_longer,$(ONLY) --trainer.max_steps 7500)
 	$(call read,draws_backwards,--config configs/variants/prior_reversed_order.yaml)
-	python -m stage2_prior.compare --out runs/reading --figures 'generation.captioning.*' 'generation.faithfulness.*.all' \
+	python -m stage2_prior.evaluation.compare --out runs/reading --figures 'generation.captioning.*' 'generation.faithfulness.*.all' \
 		$(foreach name,draws reads reads_longer draws_backwards,--runs $(name) $(SEEDS:%=runs/reading/$(name)_%))
 
 test: setup

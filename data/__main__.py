@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    from data.quality import Filters
-    from data.sources import KINDS, TEMPLATES
+    from data.prepare.quality import Filters
+    from data.sources.open import KINDS, TEMPLATES
 
     add, limits = parser.add_argument, Filters()
     add("--config", type=Path, help="YAML file with any of these options, under their long names")
@@ -103,10 +103,10 @@ def _take_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from data.engines import ENGINES, run
-    from data.prepare import PrepareConfig
-    from data.quality import Filters
-    from data.sources import SourceConfig, find_kind
+    from data.prepare.chunks import PrepareConfig
+    from data.prepare.engines import ENGINES, run
+    from data.prepare.quality import Filters
+    from data.sources.open import SourceConfig, find_kind
 
     paths = tuple([options.path] if isinstance(options.path, str) else options.path)
     kind = find_kind(paths) if options.source == "auto" else options.source
@@ -153,7 +153,7 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _finalize(options: argparse.Namespace) -> int:
-    from data.finalize import finalize
+    from data.prepare.finalize import finalize
 
     _say(finalize(options.data_dir), options.data_dir)
     return 0
@@ -170,7 +170,7 @@ def _say(manifest: dict[str, Any], out: Path) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from data.verify import verify
+    from data.prepare.verify import verify
 
     problems = 0
     for problem in verify(options.data_dir):
@@ -181,7 +181,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    from data.stats import describe, plot
+    from data.prepare.stats import describe, plot
 
     print(describe(options.data_dir))
     print(f"plotted in {plot(options.data_dir)}")

@@ -1,8 +1,8 @@
 """`python -m stage1_tokenizer fit|validate|test|predict --config configs/stage1/NAME.yaml`."""
 
-from data.datamodule import ImageDataModule
-from stage1_tokenizer.cli import run_cli
-from stage1_tokenizer.lit_tokenizer import LitTokenizer
+from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.training.cli import run_cli
+from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 
 
 def main(args: list[str] | None = None) -> None:

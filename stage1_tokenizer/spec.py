@@ -9,11 +9,13 @@ cannot name anything else.
 import functools
 import importlib
 import inspect
+import sys
 from typing import Any, ClassVar
 
 from torch import nn
 
 TRUSTED = ("stage1_tokenizer", "stage2_prior")
+RENAMED: dict[str, str] = {}  # last names that exports of earlier versions use, and what they are called now
 
 
 class SpecError(ValueError):
@@ -33,7 +35,7 @@ class Spec:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # Of a class without a constructor anywhere; where there is one, each instance has its own.
-        cls.spec = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": {}}
+        cls.spec = {"class_path": public_path(cls), "init_args": {}}
         if "__init__" not in cls.__dict__:
             return
         original = cls.__init__
@@ -45,11 +47,30 @@ class Spec:
                 bound.apply_defaults()
                 arguments = {name: plain(value) for name, value in list(bound.arguments.items())[1:]}
                 arguments |= self.unrecorded
-                path = f"{type(self).__module__}.{type(self).__qualname__}"
-                object.__setattr__(self, "spec", {"class_path": path, "init_args": arguments})
+                object.__setattr__(self, "spec", {"class_path": public_path(type(self)), "init_args": arguments})
             original(self, *args, **kw)
 
         cls.__init__ = init  # type: ignore[method-assign]
+
+
+def public_path(cls: type) -> str:
+    """Where a class is imported from: its package if that offers it as a public name, else the module it stands in."""
+    package = cls.__module__.split(".")[0]
+    offered = cls.__name__ in getattr(sys.modules[package], "__all__", ()) and "." not in cls.__qualname__
+    return f"{package if offered else cls.__module__}.{cls.__qualname__}"
+
+
+def find_class(path: str) -> Any:
+    """What `path` names. A path inside this project is read by its last name: files move, public names stay.
+
+    Raises ImportError or AttributeError where there is no such thing.
+    """
+    module_name, _, name = path.rpartition(".")
+    package = module_name.split(".")[0]
+    name = RENAMED.get(name, name)
+    if package in TRUSTED and name in importlib.import_module(package).__all__:
+        return getattr(importlib.import_module(package), name)
+    return getattr(importlib.import_module(module_name), name)
 
 
 def plain(value: Any) -> Any:
@@ -68,13 +89,12 @@ def plain(value: Any) -> Any:
 def build(spec: dict[str, Any], trusted: tuple[str, ...] = TRUSTED) -> Any:
     """The object that `spec` describes. Raises SpecError for a class outside `trusted` or unknown arguments."""
     path = spec.get("class_path", "")
-    module_name, _, name = path.rpartition(".")
-    if module_name.split(".")[0] not in trusted:
+    if path.split(".")[0] not in trusted:
         raise SpecError(
             f"got class path {path!r}, wanted one in {', '.join(trusted)}; pass trusted=(...) if you trust its package."
         )
     try:
-        cls = getattr(importlib.import_module(module_name), name)
+        cls = find_class(path)
     except (ImportError, AttributeError) as error:
         raise SpecError(f"got class path {path!r}, which does not exist here ({error}); update the package.") from error
     if not (isinstance(cls, type) and issubclass(cls, Spec) and issubclass(cls, nn.Module)):

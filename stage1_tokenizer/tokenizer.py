@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from stage1_tokenizer.contract import Bottleneck, Decoder, Encoder
 from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.linear_path import LinearPath
-from stage1_tokenizer.order import PrefixLengths, keep_mask
+from stage1_tokenizer.prefixes import PrefixLengths, keep_mask
 from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.text import PrefixText
-from stage1_tokenizer.vocabulary import CaptionVocabulary
+from stage1_tokenizer.text.supervision import PrefixText
+from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 
 
 class Tokenizer(Spec, nn.Module):

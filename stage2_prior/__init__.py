@@ -1,6 +1,5 @@
-"""Stage 2: a prior over lines of continuous latents, conditioned on captions."""
+"""Stage 2: a prior over lines of continuous latents, conditioned on captions. Public names: see `__init__.pyi`."""
 
-from stage2_prior.contract import Prior
-from stage2_prior.prior import CausalPrior
+import lazy_loader
 
-__all__ = ["CausalPrior", "Prior"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

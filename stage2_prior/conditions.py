@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import MATRIX, embedding, mark
-from stage1_tokenizer.open_clip_tower import OpenClipTower
 from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.text import TextTower
-from stage1_tokenizer.vocabulary import END, CaptionVocabulary
-from stage2_prior.prior_data import longest
+from stage1_tokenizer.text.open_clip_tower import OpenClipTower
+from stage1_tokenizer.text.supervision import TextTower
+from stage1_tokenizer.text.vocabulary import END, CaptionVocabulary
+from stage2_prior.training.latent_data import longest
 
 WORD_STD = 0.7
 PROBE = 1000  # training samples whose labels are checked before the first step

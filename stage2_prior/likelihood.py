@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stage2_prior.heads import FlowHead
+from stage2_prior.heads.base import FlowHead
 
 Field = Callable[[Tensor, int], Tensor]  # x (..., C) and the number of half steps done -> v (..., C)
 

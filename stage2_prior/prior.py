@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import decayed, embedding
-from stage1_tokenizer.vocabulary import CaptionVocabulary
+from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone, Cache
+from stage2_prior.base import Prior, PriorError, Text
 from stage2_prior.cast_once import cast_once
 from stage2_prior.conditions import WORD_STD, Condition, WordSum, words_of
-from stage2_prior.contract import Prior, PriorError, Text
 from stage2_prior.guidance import Guidance
-from stage2_prior.heads import FlowHead, Head
+from stage2_prior.heads.base import FlowHead, Head
 from stage2_prior.likelihood import flow_log_prob
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line, scatter_line
 

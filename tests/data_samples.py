@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.engines import processes, run
-from data.prepare import PrepareConfig
-from data.quality import Filters
-from data.sources import SourceConfig
+from data.prepare.chunks import PrepareConfig
+from data.prepare.engines import processes, run
+from data.prepare.quality import Filters
+from data.sources.open import SourceConfig
 
 SCENES = SourceConfig("scenes", num=60, size=16)
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.datamodule import ImageDataModule
-from stage1_tokenizer.lit_tokenizer import LitTokenizer
-from stage1_tokenizer.optim import MuonAdamW, parameter_groups
-from stage2_prior.lit_prior import LitPrior
-from stage2_prior.prior_data import PriorDataModule
+from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
+from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups
+from stage2_prior.training.latent_data import PriorDataModule
+from stage2_prior.training.lit_prior import LitPrior
 from tests.benchmarks.bench_tokenizers import Parsed
 
 ROOT = Path(__file__).resolve().parent.parent

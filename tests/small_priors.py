@@ -2,11 +2,11 @@
 
 import torch
 
-from stage1_tokenizer.vocabulary import CaptionVocabulary
+from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior import Prior
 from stage2_prior.backbone import Backbone
-from stage2_prior.head_nets import HoistedNet
-from stage2_prior.heads import FlowHead, Head
+from stage2_prior.heads.base import FlowHead, Head
+from stage2_prior.heads.nets import HoistedNet
 
 K, C, D = 6, 4, 32
 CAPTIONS = ["a red circle", "a large blue square above a small green star", "a cross"]

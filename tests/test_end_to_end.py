@@ -10,12 +10,12 @@ import yaml
 from safetensors.torch import load_file
 
 from data.__main__ import main as data_main
-from stage1_tokenizer.cli import run_cli
-from stage1_tokenizer.lit_tokenizer import LitTokenizer
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage2_prior.lit_prior import LitPrior
+from stage1_tokenizer.training.cli import run_cli
+from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 from stage2_prior.prior import Prior
-from stage2_prior.prior_data import PriorDataModule
+from stage2_prior.training.latent_data import PriorDataModule
+from stage2_prior.training.lit_prior import LitPrior
 from tests.tiny import TINY_CLIP, tiny_clip, tiny_tokenizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -32,7 +32,7 @@ SHRUNK = [
 
 
 def stage1(*args: str) -> None:
-    from data.datamodule import ImageDataModule
+    from data.reading.datamodule import ImageDataModule
 
     run_cli("stage1", LitTokenizer, ImageDataModule, "python -m stage1_tokenizer", list(args))
 

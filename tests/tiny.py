@@ -13,10 +13,10 @@ from stage1_tokenizer.bottleneck import KLBottleneck
 from stage1_tokenizer.decoder import ViTDecoder
 from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
 from stage1_tokenizer.linear_path import LinearPath
-from stage1_tokenizer.order import PrefixLengths
-from stage1_tokenizer.text import PrefixReader, PrefixText, SoftmaxContrast, TextTower
+from stage1_tokenizer.prefixes import PrefixLengths
+from stage1_tokenizer.text.supervision import PrefixReader, PrefixText, SoftmaxContrast, TextTower
+from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage1_tokenizer.vocabulary import CaptionVocabulary
 
 SIZE, K, C, WIDTH = 16, 6, 4, 32
 CAPTIONS = ["a red circle", "a blue square above a green star", "a small red star", "two yellow squares"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stage1_tokenizer.cli import UnspoolCLI, UsageError, run_cli
-from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage1_tokenizer.training.cli import UnspoolCLI, UsageError, run_cli
+from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 
 
 class Numbers(Dataset[dict[str, Any]]):

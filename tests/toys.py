@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
-from stage2_prior.heads import Head
+from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from stage2_prior.heads.base import Head
 
 TOYS = ("moons", "ring", "bimodal", "narrow")
 

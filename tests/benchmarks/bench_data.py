@@ -32,14 +32,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data.datamodule import ImageDataModule
-from data.datasets import as_is
-from data.order import permutation
-from data.prepare import Chunk, PrepareConfig, write_chunk
+from data.prepare.chunks import Chunk, PrepareConfig, write_chunk
+from data.reading.datamodule import ImageDataModule
+from data.reading.datasets import as_is
+from data.reading.order import permutation
+from data.reading.shards import ShardReader, ShardWriter
+from data.reading.streaming import StreamDataModule
 from data.schema import Drop, Sample, Stretch, cut
-from data.shards import ShardReader, ShardWriter
-from data.sources import SourceConfig
-from data.streaming import StreamDataModule
+from data.sources.open import SourceConfig
 
 
 def photographs(count: int, seed: int = 0) -> list[bytes]:
@@ -135,7 +135,7 @@ print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if
 
 _HELD = """
 import sys
-from data.sources import SourceConfig, open_source
+from data.sources.open import SourceConfig, open_source
 def memory(line):
     return next(int(text.split()[1]) for text in open("/proc/self/status") if text.startswith(line))
 before = memory("VmRSS")

@@ -16,15 +16,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stage1_tokenizer.precision import matmul_dtype
-from stage1_tokenizer.vocabulary import CaptionVocabulary
+from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import RotaryBackbone
 from stage2_prior.cast_once import cast_weights
-from stage2_prior.diffusion import DDPM
-from stage2_prior.diffusion_head import DiffusionHead
-from stage2_prior.head_nets import AdaLNNet, AddedConditionNet, HoistedNet
-from stage2_prior.heads import FlowHead, Head
+from stage2_prior.heads.base import FlowHead, Head
+from stage2_prior.heads.ddpm import DDPM
+from stage2_prior.heads.diffusion import DiffusionHead
+from stage2_prior.heads.nets import AdaLNNet, AddedConditionNet, HoistedNet
+from stage2_prior.heads.solvers import AdamsBashforth, Midpoint
 from stage2_prior.prior import CausalPrior
-from stage2_prior.samplers import AdamsBashforth, Midpoint
 
 CAPTION = "a small red circle above a large blue star on a white background"
 CHANNELS, LATENTS, WIDTH, HEAD_WIDTH, HEAD_DEPTH = 16, 32, 768, 1024, 6

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.datamodule import ImageDataModule
-from stage1_tokenizer.cli import UnspoolCLI
-from stage1_tokenizer.ema import EMA
-from stage1_tokenizer.lit_tokenizer import LitTokenizer
-from stage1_tokenizer.metrics import psnr
-from stage1_tokenizer.optim import warmup_flat_cosine
+from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.evaluation.image_metrics import psnr
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.precision import matmul_dtype
+from stage1_tokenizer.training.cli import UnspoolCLI
+from stage1_tokenizer.training.ema import EMA
+from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
+from stage1_tokenizer.training.optim import warmup_flat_cosine
 
 CHECKS = 8  # measurements along a contender's time
 FINE = 100_000  # steps that the time is divided into for the schedule

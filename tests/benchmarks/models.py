@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import yaml
 
-from stage1_tokenizer.optim import MuonAdamW, parameter_groups
 from stage1_tokenizer.precision import matmul_dtype
 from stage1_tokenizer.spec import build
+from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups
 from tests.benchmarks.measure import Row, matmul_peak, measure
 
 CAPTION = "a small red circle above a large blue star on a white background"

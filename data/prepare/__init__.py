@@ -1,0 +1,1 @@
+"""From pairs to shards: chunks, engines, filters, manifest, checks."""

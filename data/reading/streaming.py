@@ -1,0 +1,206 @@
+"""Training batches straight from tars that are too many or too far away to index, through WebDataset.
+
+    URLs --resampled--> shards --fsspec--> members --group--> samples --shuffle buffer--> decoded --> batches
+
+Shards are drawn with replacement, every worker of every rank from a stream of its own, so nothing has to be divided and
+no rank runs short. What this gives up against `datamodule`: a sample may come twice in an epoch or not at all, the
+shuffle is as good as its buffer, and a resumed run draws a new stream instead of continuing the old one. The streams
+are a pure function of (seed, epoch, rank, worker).
+
+WebDataset's own decoders are not used: they unpickle what a tar brings along. Nor its URL openers: they start shells.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import fsspec
+import torch
+import webdataset
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from data.pictures.transforms import to_unit_range
+from data.reading.datamodule import ImageDataModule
+from data.reading.datasets import as_is, captions_of, collate, decode_image, label_of
+from data.reading.memory import BatchMemory
+from data.schema import DECODED_MEMBERS, IMAGE_MEMBERS, DataError
+from data.sources.tars import tar_urls
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """Batches of one rank; its workers share the steps of an epoch among them.
+
+    Args:
+        urls: tars, local or remote.
+        image_size: side S of the pictures.
+        batch_size: samples per step.
+        steps: per epoch, of this rank.
+        buffer: samples among which the next one is drawn; the only memory of the shuffle.
+        seed: of shards and buffer.
+        rank: of this process.
+        most_errors: unreadable samples and shards after which the run ends with the last one's sentence.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        image_size: int,
+        batch_size: int,
+        steps: int,
+        buffer: int,
+        seed: int,
+        rank: int,
+        most_errors: int,
+    ) -> None:
+        self.urls, self.image_size, self.batch_size, self.steps = urls, image_size, batch_size, steps
+        self.buffer, self.seed, self.rank, self.most_errors = buffer, seed, rank, most_errors
+        self.epoch = -1
+        self.errors = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        seed = f"{self.seed} {self.epoch} {self.rank} {worker}"
+        pipeline = webdataset.DataPipeline(
+            webdataset.ResampledShards(self.urls, seed=seed, worker_seed=lambda: 0, deterministic=True),
+            self._open,
+            functools.partial(tar_file_expander, handler=self._note, select_files=_is_read),
+            functools.partial(group_by_keys, handler=self._note),
+            webdataset.filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(seed)),
+            self._decode,
+        )
+        batch: list[dict[str, Any]] = []
+        left = (self.steps + workers - 1 - worker) // workers
+        for sample in pipeline if left else ():
+            batch.append(sample)
+            if len(batch) == self.batch_size:
+                yield collate(batch)
+                batch = []
+                left -= 1
+                if not left:
+                    return
+
+    def _open(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            try:
+                with fsspec.open(shard["url"], "rb") as stream:
+                    yield {**shard, "stream": stream}
+            except OSError as error:
+                self._note(error)
+
+    def _decode(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            member = next((name for name in IMAGE_MEMBERS if name in sample), None)
+            try:
+                if member is None:
+                    raise DataError(f"sample {sample['__key__']} of {sample['__url__']} has no picture")
+                record = json.loads(sample.get("json", b"{}"))
+                record = record if isinstance(record, dict) else {}
+                yield {
+                    "images": decode_image(sample["__key__"], sample[member], self.image_size),
+                    "captions": captions_of(record, sample.get("txt")),
+                    "keys": sample["__key__"],
+                    "labels": label_of(record, sample.get("cls")),
+                    "attributes": record.get("attributes") or {},
+                }
+            except ValueError as error:
+                self._note(error)
+
+    def _note(self, error: Exception) -> bool:
+        """Count an error and go on, or end the run where there are too many; WebDataset's handler would sleep."""
+        self.errors += 1
+        if self.errors > self.most_errors:
+            raise DataError(f"more than {self.most_errors} unreadable samples or shards; the last: {error}") from error
+        return True
+
+
+class StreamLoader(DataLoader[dict[str, Any]]):
+    """Gives every pass over a `Stream` its own epoch, also in workers, which start anew each time; finishes batches."""
+
+    def __iter__(self) -> Any:
+        assert isinstance(self.dataset, Stream), "a StreamLoader is made by StreamDataModule"
+        self.dataset.epoch += 1
+        memory = BatchMemory()
+        for batch in super().__iter__():
+            yield {**batch, "images": to_unit_range(batch["images"], memory.empty(batch["images"].shape))}
+
+
+class StreamDataModule(LightningDataModule):
+    """Training pictures streamed from tars; batches as those of `datamodule`.
+
+    Args:
+        train_urls: paths, globs, brace ranges, or URLs that fsspec opens.
+        val_dir: an indexed data directory whose val split validates, or None.
+        batch_size: samples per rank and step.
+        image_size: side S of the pictures.
+        steps_per_epoch: steps of an epoch, since a stream has no end.
+        shuffle_buffer: samples among which the next one is drawn, per worker.
+        num_workers: processes.
+        seed: of the streams.
+        most_errors: unreadable samples and shards per worker and epoch after which the run ends.
+    """
+
+    def __init__(
+        self,
+        train_urls: list[str],
+        val_dir: str | None = None,
+        batch_size: int = 64,
+        image_size: int = 32,
+        steps_per_epoch: int = 1000,
+        shuffle_buffer: int = 2000,
+        num_workers: int = 0,
+        seed: int = 0,
+        most_errors: int = 100,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, steps_per_epoch, shuffle_buffer) < 1:
+            raise DataError("batch_size, steps_per_epoch and shuffle_buffer must be at least 1")
+        self.urls = tar_urls(tuple(train_urls))
+        if not self.urls:
+            raise DataError(f"no tar at {', '.join(train_urls)}; check train_urls")
+        self.batch_size, self.image_size, self.steps_per_epoch = batch_size, image_size, steps_per_epoch
+        self.shuffle_buffer, self.num_workers, self.seed = shuffle_buffer, num_workers, seed
+        self.most_errors = most_errors
+        self._val = ImageDataModule(val_dir, batch_size, image_size=image_size) if val_dir is not None else None
+
+    def train_dataloader(self) -> StreamLoader:
+        """An endless stream, cut into epochs of `steps_per_epoch`."""
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        stream = Stream(
+            self.urls,
+            self.image_size,
+            self.batch_size,
+            self.steps_per_epoch,
+            self.shuffle_buffer,
+            self.seed,
+            rank,
+            self.most_errors,
+        )
+        return StreamLoader(stream, batch_size=None, collate_fn=as_is, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The val split of `val_dir` in stored order; nothing where there is none."""
+        if self._val is None:
+            return []
+        self._val.trainer = self.trainer
+        return self._val.val_dataloader()
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move the tensors; texts and attributes are not walked through."""
+        return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
+
+
+def _is_read(name: str) -> bool:
+    return name.rsplit(".", 1)[-1].lower() in DECODED_MEMBERS

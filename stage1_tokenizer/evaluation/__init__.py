@@ -1,0 +1,1 @@
+"""How a tokenizer is judged: reconstruction, retrieval, distances, and the page that shows them."""

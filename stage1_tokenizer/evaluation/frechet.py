@@ -1,0 +1,149 @@
+"""Distances between sets of pictures in a named feature space: Frechet distance, precision and recall.
+
+A Frechet distance means nothing without its features, so a feature extractor carries a name and the results are keyed
+by it: `frechet[attribute-classifier]`, `frechet[random-conv-s0]`, `frechet[inception-v3-compat]`. Extractors come
+from the report's own classifiers, from a seed, or from a file the user names. Nothing is fetched; what is missing
+becomes a `Skipped` with the reason.
+
+The distance is biased upwards at small n, by an amount that depends on the features; a report therefore prints n and
+the distance between two sets of real pictures of that size.
+
+Letters: N and M pictures, D features.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stage1_tokenizer.evaluation.image_metrics import Skipped
+
+
+class FeatureExtractor(Protocol):
+    """Pictures (N, 3, H, W) in [-1, 1] -> features (N, D); `feature_name` goes into every result's key."""
+
+    @property
+    def feature_name(self) -> str: ...
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+
+class RandomConvFeatures(nn.Module):
+    """A fixed random convolutional pyramid: no weights to find, the same numbers everywhere for one seed.
+
+    Random features see colour, edges and their layout, not what a thing is; they rank blurs and noise sensibly and are
+    the only features that a labelless data set has without a download.
+    """
+
+    def __init__(self, seed: int = 0, width: int = 32, levels: int = 3) -> None:
+        super().__init__()
+        self.feature_name = f"random-conv-s{seed}"
+        generator = torch.Generator().manual_seed(seed)
+        widths = [3] + [width * 2**level for level in range(levels)]
+        for level in range(levels):
+            fan_in = widths[level] * 9
+            kernel = torch.randn(widths[level + 1], widths[level], 3, 3, generator=generator) * (2 / fan_in) ** 0.5
+            self.register_buffer(f"kernel{level}", kernel, persistent=False)
+        self.levels = levels
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, D): mean and spread of every channel at every level, D = 2 (32 + 64 + 128) by default."""
+        x, collected = images.float(), []
+        for level in range(self.levels):
+            x = F.relu(F.conv2d(x, self.get_buffer(f"kernel{level}"), padding=1))  # (N, W_l, h, w)
+            collected += [x.mean(dim=(2, 3)), x.std(dim=(2, 3), correction=0)]
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return torch.cat(collected, dim=1)
+
+
+class InceptionFeatures:
+    """The 2,048 pooled features of the Inception network that published FIDs use, read from a local weights file."""
+
+    feature_name = "inception-v3-compat"
+
+    def __init__(self, network: nn.Module, device: torch.device | str) -> None:
+        self.network = network.to(device).eval()
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, 2048); the network resizes to 299 pixels itself."""
+        return self.network(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))[0].float()
+
+
+def inception_features(weights: str | Path | None, device: torch.device | str = "cpu") -> InceptionFeatures | Skipped:
+    """Inception features from `weights` (torch-fidelity's `pt_inception-2015-12-05-6726825d.pth`), or why not."""
+    name = "frechet[inception-v3-compat]"
+    if weights is None or not Path(weights).is_file():
+        found = "no weights file was named" if weights is None else f"there is no file at {weights}"
+        fix = "give inception_weights the path of torch-fidelity's pt_inception-2015-12-05-6726825d.pth"
+        return Skipped(name, found, fix)
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        return Skipped(name, "torch-fidelity is not installed", "pip install 'unspool[inception]'")
+    network = FeatureExtractorInceptionV3(
+        InceptionFeatures.feature_name, ["2048"], feature_extractor_weights_path=str(weights)
+    )
+    return InceptionFeatures(network, device)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to features (N, D) and (M, D); float64, not negative.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))   (Dowson & Landau 1982; Heusel et al. 2017, equation 6)
+
+    tr (S_a S_b)^(1/2) is the sum of singular values of A^T B for S_a = A A^T, S_b = B B^T with A the centred features
+    over sqrt(N - 1): no square root of an indefinite matrix and no imaginary part to drop.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise ValueError(
+            f"got features {tuple(a.shape)} and {tuple(b.shape)}, wanted (N, D) and (M, D) with N and M of 2 or more"
+        )
+    mean_a, root_a = _moments(a)
+    mean_b, root_b = _moments(b)
+    cross = torch.linalg.svdvals(root_a.T @ root_b).sum()
+    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and a root R (D, r) of the covariance, S = R R^T, in float64 on the CPU."""
+    x = features.detach().double().cpu()
+    mean = x.mean(dim=0)
+    x = x - mean
+    if len(x) > x.shape[1]:
+        covariance = x.T @ x / (len(x) - 1)
+        values, vectors = torch.linalg.eigh(covariance)
+        return mean, vectors * values.clamp_min(0).sqrt()
+    return mean, x.T / (len(x) - 1) ** 0.5
+
+
+def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019): features (N, D) and (M, D) -> two shares in [0, 1].
+
+    Precision: fakes inside the manifold of the real, a union of balls that reach each point's k-th nearest neighbour.
+    Recall: reals inside the manifold of the fakes.
+    """
+    if min(len(real), len(fake)) <= neighbours:
+        raise ValueError(f"got {len(real)} and {len(fake)} pictures, wanted more than {neighbours} on each side")
+    real, fake = real.double().cpu(), fake.double().cpu()
+    return _inside(fake, real, neighbours), _inside(real, fake, neighbours)
+
+
+def _inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
+    radius = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values  # + 1: a point is its own nearest
+    return (torch.cdist(points, manifold) <= radius[None]).any(dim=1).double().mean().item()
+
+
+def collect_features(
+    extract: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Features (N, D) on the CPU of pictures that come in batches (B, 3, H, W)."""
+    parts = [extract(images.to(device)).float().cpu() for images in batches]
+    if not parts:
+        raise ValueError("got no pictures to take features of, wanted at least one batch")
+    return torch.cat(parts)

@@ -1,0 +1,123 @@
+"""The part of the reconstruction report that needs words: what a prefix of latents says about the picture's caption.
+
+Retrieval among held-out captions and zero-shot classes use the space that pictures and captions share. A tokenizer that
+was also trained to write captions (`PrefixCaptioner`) is asked for the likelihood of the true one, and for its own.
+Every kind of caption is measured by itself: a short one says less, and is shared by more pictures.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.reading.order import spread_rows
+from stage1_tokenizer.evaluation.image_metrics import retrieval
+from stage1_tokenizer.evaluation.probes import (
+    class_prompts,
+    embed_captions,
+    embed_prefixes,
+    nearest_captions,
+    zero_shot,
+)
+from stage1_tokenizer.prefixes import keep_mask
+from stage1_tokenizer.text.supervision import PrefixText
+from stage1_tokenizer.tokenizer import Tokenizer
+
+NUM_CAPTIONS = 1000
+NUM_EXAMPLES = 8  # pictures whose captions are shown
+BATCH = 250
+
+
+def text_metrics(
+    tokenizer: Tokenizer, held_out: Mapping[str, Any], train: Mapping[str, Any], lengths: Sequence[int]
+) -> dict[str, Any]:
+    """Entries `retrieval`, `captions_read`, `zero_shot` (labelled pictures), `caption_bits` (with a captioner).
+
+    Under `MaxOverQueries` the best of the first k latents counts, elsewhere what the tokenizer makes of all k; which
+    lengths it is trained to read is in `text_lengths`, and how it reads others in `Tokenizer.embed_latents`.
+
+    Args:
+        tokenizer: with a text part.
+        held_out: z (N, K, C), captions, attributes and labels of the held-out pictures.
+        train: captions and labels of training pictures, which name the classes.
+        lengths: prefix lengths.
+    """
+    chosen = spread_rows(len(held_out["captions"]), NUM_CAPTIONS)
+    captions = [held_out["captions"][i] for i in chosen]
+    z = held_out["z"].to(tokenizer.latent_mean.device)
+    text = tokenizer.text_part()
+    competing = {k: text.competing(k) for k in lengths}
+    single = embed_prefixes(tokenizer, z, sorted({n for together in competing.values() for n in together}))
+    prefixes = {k: torch.stack([single[n] for n in together], dim=1) for k, together in competing.items()}  # (N, P, E)
+    few = {k: vectors[chosen] for k, vectors in prefixes.items()}
+    kinds = {
+        name: [texts[index] for texts in captions]
+        for index, name in enumerate(_kinds(captions, is_scene=any(held_out["attributes"])))
+    }
+    embedded = {name: embed_captions(tokenizer, texts) for name, texts in kinds.items()}
+    metrics: dict[str, Any] = {"retrieval": {"n": len(captions)}, "text_lengths": text.lengths}
+    for name, texts in kinds.items():
+        by_k = {k: retrieval(vectors, embedded[name], texts, texts) for k, vectors in few.items()}
+        metrics["retrieval"][name] = {
+            "distinct": len(set(texts)),
+            "chance": by_k[lengths[0]].chance,
+            "recall": {k: found.recall for k, found in by_k.items()},
+            "bits": {k: found.bits for k, found in by_k.items()},
+            "most_bits": by_k[lengths[0]].most_bits,
+        }
+    last = list(kinds)[-1]  # of scenes the long caption, which names everything
+    nearest = nearest_captions(few, embedded[last], kinds[last], NUM_EXAMPLES)
+    metrics["captions_read"] = [
+        {"caption": caption, "nearest": found} for caption, found in zip(kinds[last], nearest, strict=False)
+    ]
+    if int(train["labels"].min()) >= 0:
+        prompts = class_prompts(train["captions"], train["labels"].tolist())
+        metrics["zero_shot"] = zero_shot(tokenizer, prefixes, held_out["labels"], prompts)
+    if text.captioner is not None:
+        raw = tokenizer.read(z[chosen])  # (N, K, C)
+        metrics["caption_bits"] = {name: caption_bits(text, raw, texts, lengths) for name, texts in kinds.items()}
+        for item, written in zip(
+            metrics["captions_read"], write_captions(text, raw[:NUM_EXAMPLES], lengths), strict=True
+        ):
+            item["written"] = written
+    return metrics
+
+
+@torch.inference_mode()
+def caption_bits(text: PrefixText, raw: Tensor, captions: Sequence[str], lengths: Sequence[int]) -> dict[int, float]:
+    """Mean -log2 p(caption | first k latents) for each length k, and for k = 0: what captions cost without a picture.
+
+    raw: latents (N, K, C) before standardisation, of the pictures that `captions` belong to.
+    """
+    captioner = text.captioner
+    assert captioner is not None, "the caller looked"
+    ids = text.vocabulary.encode(list(captions))[0].to(raw.device)  # (N, L)
+    bits = {}
+    for k in (0, *lengths):
+        keep = keep_mask(torch.full((len(raw),), k, device=raw.device), raw.shape[1])
+        parts = zip(raw.split(BATCH), keep.split(BATCH), ids.split(BATCH), strict=True)
+        nats = torch.cat([captioner.log_likelihood(*part) for part in parts])
+        bits[k] = -nats.mean().item() / math.log(2)
+    return bits
+
+
+@torch.inference_mode()
+def write_captions(text: PrefixText, raw: Tensor, lengths: Sequence[int]) -> list[dict[int, str]]:
+    """The captions that the captioner itself writes for the first k latents of each of raw (N, K, C), by k."""
+    captioner = text.captioner
+    assert captioner is not None, "the caller looked"
+    written = {}
+    for k in lengths:
+        keep = keep_mask(torch.full((len(raw),), k, device=raw.device), raw.shape[1])
+        written[k] = text.vocabulary.decode(captioner.generate(raw, keep))
+    return [{k: lines[i] for k, lines in written.items()} for i in range(len(raw))]
+
+
+def _kinds(captions: Sequence[Sequence[str]], is_scene: bool) -> list[str]:
+    """Names of the captions that every picture has, in stored order."""
+    number = min(len(texts) for texts in captions)
+    if is_scene and number == 3:
+        return ["short", "medium", "long"]
+    return ["caption"] if number == 1 else [f"caption {i}" for i in range(1, number + 1)]

@@ -1,0 +1,1 @@
+"""Text supervision: what captions ask of the first latents."""

@@ -1,0 +1,1 @@
+"""How a tokenizer is trained: the command line, the Lightning modules, optimiser, checkpoints, losses."""

@@ -1,0 +1,324 @@
+"""The command line of both stages: Lightning's CLI with one fixed run folder and no silent surprises.
+
+    python -m stage1_tokenizer fit --config configs/stage1/demo.yaml [--config overlay.yaml] [--model.x=1 ...]
+
+What differs from Lightning's own, each for a reason:
+
+* `run_dir` fixes where everything lies (see run_folder.py); there are no numbered versions.
+* `resume` (auto or a path) replaces `ckpt_path`: it fails where there is nothing to resume, and what the config and the
+  command line say holds on a resumed run (Lightning would put back the checkpoint's hyper-parameters).
+* validate, test and predict load the exported folder, never a checkpoint: what is measured is what is handed on.
+* `precision: auto` picks bfloat16 where the hardware multiplies it, and says so; float16 on a CPU is refused.
+* `compile: true` compiles in place, so that the names of weights stay as they are.
+* `model` and `data` may name another class (class_path, init_args) and otherwise are the stage's own; a variant that
+  trains or reads differently is an overlay that changes the class and keeps the arguments. Options: --model.help.
+* A wrong key or value is answered with two lines, not with a page of usage.
+
+A lit module for this command line has: `networks` (nn.Module, what EMA averages), `export(folder)` (write the export
+below `folder`) and `load_export(run_dir)` (load it from there). It is given `run_dir` and `stage_dir` (Path) first.
+"""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from stage1_tokenizer.precision import has_fast_bfloat16
+from stage1_tokenizer.training.callbacks import (
+    ConfiguredRates,
+    ExportAtEnd,
+    NaNGuard,
+    RandomStates,
+    RunCheckpoint,
+    Throughput,
+)
+from stage1_tokenizer.training.ema import EMAWeights
+from stage1_tokenizer.training.progress import StatusLine
+from stage1_tokenizer.training.run_folder import MetricsFile, RunFolder
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights stay in float32: updates are too small
+
+RANK_OPTIONS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
+ROOMS = ("data", "stage1_tokenizer", "stage2_prior")
+SOURCE_ROOT = Path(__file__).resolve().parents[2]
+
+
+class UsageError(ValueError):
+    """Options that contradict each other or what they are applied to."""
+
+
+class ShortErrorParser(LightningArgumentParser):
+    """A parser whose errors are two lines: what is wrong, and where the options are listed."""
+
+    command: ClassVar[str] = ""  # as typed; the parsers of nested classes do not know it
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sentence = " ".join(message.split())
+        sys.stderr.write(f"error: {sentence}\nAll options: {self.command} --help\n")
+        raise SystemExit(2)
+
+
+class UnspoolCLI(LightningCLI):
+    """See the module's docstring. `stage` names the subfolder of the run folder that fit writes to."""
+
+    def __init__(
+        self,
+        stage: str,
+        model_class: type[pl.LightningModule],
+        datamodule_class: type[pl.LightningDataModule],
+        prog: str,
+        args: list[str] | None = None,
+    ) -> None:
+        self.stage, self.default_classes = stage, {"model": model_class, "data": datamodule_class}
+        word = next(iter(sys.argv[1:] if args is None else args), "")
+        ShortErrorParser.command = f"{prog} {word}" if word in self.subcommands() else prog
+        super().__init__(
+            model_class,
+            pl.LightningDataModule,
+            save_config_callback=None,  # config.yaml is written by `fit` alone
+            # `test` reads its split by itself, when Lightning has seen the one batch that it insists on
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False, "limit_test_batches": 1},
+            seed_everything_default=0,
+            parser_kwargs={"prog": prog},
+            parser_class=ShortErrorParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skip = {"model", "datamodule", "dataloaders", "ckpt_path", "weights_only", "verbose"}
+        return {
+            "fit": skip | {"train_dataloaders", "val_dataloaders"},
+            "validate": skip,
+            "test": skip,
+            "predict": skip | {"return_predictions"},
+        }
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        for name, cls in self.default_classes.items():
+            parser.set_defaults({name: {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, required=True, help="Folder of this run, such as runs/demo.")
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="Checkpoint to continue a fit from: a path, or auto for the last one of run_dir (an error if none).",
+        )
+        parser.add_argument("--overwrite", type=bool, default=False, help="Start a fit over, deleting the earlier one.")
+        parser.add_argument(
+            "--precision",
+            type=Precision,
+            default="auto",
+            help="auto: bf16-mixed where the hardware multiplies bfloat16.",
+        )
+        parser.add_argument(
+            "--compile", type=bool, default=False, help="Compile the networks in place (torch.compile)."
+        )
+        parser.add_lightning_class_args(EMAWeights, "ema")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(NaNGuard, "nan_guard")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would lay the checkpoint's hyper-parameters over the config and the command line."""
+
+    def option(self, name: str) -> Any:
+        """An option of the running subcommand."""
+        return self._get(self.config, name)
+
+    def before_instantiate_classes(self) -> None:
+        if self.option("trainer.precision") is not None:
+            raise UsageError("got trainer.precision; set the top-level option precision instead (default: auto)")
+        self.folder = RunFolder(self.option("run_dir"), self.stage)
+        self.resume_path: Path | None = None
+        if self.subcommand == "fit" and not launched_by_another_rank():
+            self.resume_path = self.folder.checkpoint_to_resume(self.option("resume"), self.option("overwrite"))
+        elif self.subcommand == "fit" and self.option("resume") is not None:
+            self.resume_path = self.folder.checkpoint_to_resume(self.option("resume"), overwrite=False)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        self.precision = resolve_precision(self.option("precision"), self.option("trainer.accelerator"))
+        settings = {"precision": self.precision, "default_root_dir": str(self.folder.run_dir), **kwargs}
+        strategy, several = self.option("trainer.strategy"), several_ranks(*map(self.option, RANK_OPTIONS))
+        if strategy == "ddp" or (strategy == "auto" and several):
+            # text losses and discriminators run on some steps only and leave parameters unused on the others
+            settings["strategy"] = "ddp_find_unused_parameters_true"
+        if self.option("trainer.logger") is None:
+            settings["logger"] = (
+                MetricsFile(self.folder.metrics_file) if self.subcommand in ("fit", "validate") else False
+            )
+        trainer = super().instantiate_trainer(**settings)
+        for callback in trainer.callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.folder = self.folder
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+        always = [RandomStates(), ConfiguredRates(), Throughput(), ExportAtEnd()]
+        if config["enable_progress_bar"] is not False:
+            always.append(StatusLine())
+        return super()._instantiate_trainer(config, callbacks + always)
+
+    def after_instantiate_classes(self) -> None:
+        model: Any = self.model
+        model.run_dir, model.stage_dir = self.folder.run_dir, self.folder.stage_dir
+
+    def fit(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        if not self.trainer.fast_dev_run:
+            config = self.config["fit"].clone()
+            config["resume"], config["overwrite"] = None, False  # they belong to one command, not to the run
+            text = self._parser("fit").dump(config, skip_none=False)
+            self.folder.begin_fit(text, self.option("seed_everything"), self.resume_path, self.option("overwrite"))
+        if self.trainer.num_devices > 1 and self.trainer.strategy.root_device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.trainer.num_devices))
+        if self.option("compile"):
+            compile_networks(model.networks)  # type: ignore[arg-type]
+        self._announce(model)
+        try:
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_path, weights_only=True, **kwargs)
+        except RuntimeError as error:
+            if self.resume_path is None or "loading state_dict" not in str(error):
+                raise
+            detail = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+            raise UsageError(
+                f"checkpoint {self.resume_path} does not fit this configuration: {detail} Resume with the "
+                f"configuration that it was trained with ({self.folder.config_file}), or start over with "
+                "--overwrite true"
+            ) from error
+
+    def validate(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        self._load_export(model)
+        self.trainer.validate(model, datamodule=datamodule, **kwargs)
+
+    def test(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        self._load_export(model)
+        self.trainer.test(model, datamodule=datamodule, verbose=False, **kwargs)
+
+    def predict(self, model: pl.LightningModule, datamodule: pl.LightningDataModule, **kwargs: Any) -> None:
+        self._load_export(model)
+        self.trainer.predict(model, datamodule=datamodule, return_predictions=False, **kwargs)
+
+    def _load_export(self, model: Any) -> None:
+        model.load_export(self.folder.run_dir)
+
+    def _announce(self, model: pl.LightningModule) -> None:
+        if self.trainer.is_global_zero:
+            networks: Any = model.networks
+            millions = sum(p.numel() for p in networks.parameters()) / 1e6
+            device = self.trainer.strategy.root_device.type
+            threads = f" ({torch.get_num_threads()} threads)" if device == "cpu" else ""
+            start = f"resuming {self.resume_path}" if self.resume_path else "from scratch"
+            print(
+                f"{self.stage} fit: {millions:.2f} M parameters, {self.precision} on {device}{threads}, "
+                f"{start}, into {self.folder.stage_dir}",
+                flush=True,
+            )
+
+
+def run_cli(
+    stage: str,
+    model_class: type[pl.LightningModule],
+    datamodule_class: type[pl.LightningDataModule],
+    prog: str,
+    args: list[str] | None = None,
+) -> UnspoolCLI:
+    """Run one command of a stage; returns the CLI object, for programs and tests that look at its trainer or model.
+
+    stage: "stage1" or "stage2". prog: the command as the user types it. args: words of the command line; None takes
+    them from the process. Wrong usage exits with status 2; an error that this project raised to its user (a ValueError
+    or OSError) is printed as one sentence and exits with status 1. With UNSPOOL_TRACEBACK=1 it keeps its traceback.
+    """
+    quieten_lightning()
+    try:
+        return UnspoolCLI(stage, model_class, datamodule_class, prog, args)
+    except (ValueError, OSError, MisconfigurationException) as error:
+        if os.environ.get("UNSPOOL_TRACEBACK") or not raised_for_the_user(error):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from error
+
+
+def raised_for_the_user(error: BaseException) -> bool:
+    """True for an error class of this project, an error raised by a line of it, and Lightning's for wrong settings."""
+    if isinstance(error, MisconfigurationException) or type(error).__module__.split(".")[0] in ROOMS:
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    rooms = [SOURCE_ROOT / room for room in ROOMS]
+    return bool(frames) and any(Path(frames[-1].filename).resolve().is_relative_to(room) for room in rooms)
+
+
+def resolve_precision(precision: Precision, accelerator: str) -> str:
+    """Lightning's name of the precision to use on `accelerator` ("auto", "cpu", "cuda", "gpu").
+
+    Raises UsageError for float16 on a CPU, which would run, slowly, and overflow.
+    """
+    cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
+    if precision == "auto":
+        return "bf16-mixed" if has_fast_bfloat16(torch.device("cuda" if cuda else "cpu")) else "32-true"
+    if precision == "16-mixed" and not cuda:
+        raise UsageError("got precision 16-mixed on a CPU; choose bf16-mixed, 32-true or auto")
+    return precision
+
+
+def several_ranks(devices: list[int] | str | int, nodes: int, accelerator: str) -> bool:
+    """True if a fit with these options of Lightning's trainer, or its launcher (torchrun), uses more than one rank."""
+    if nodes > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return True
+    if isinstance(devices, list):
+        return len(devices) > 1
+    if str(devices) in ("auto", "-1"):
+        return accelerator in ("auto", "cuda", "gpu") and torch.cuda.device_count() > 1
+    indices = [d for d in str(devices).split(",") if d.strip()]  # "0,1" names two devices, "2" and 2 count them
+    return len(indices) > 1 or ("," not in str(devices) and int(devices) > 1)
+
+
+def compile_networks(networks: nn.Module, backend: str = "inductor") -> int:
+    """Compile `networks` in place, keeping the names of its weights; returns the number of compiled modules.
+
+    A module that has a forward of its own is compiled as a whole; one that has none is a container, and its children
+    are taken instead.
+    """
+    if type(networks).forward is not nn.Module.forward:
+        networks.compile(backend=backend)
+        return 1
+    return sum(compile_networks(child, backend) for child in networks.children())
+
+
+def launched_by_another_rank() -> bool:
+    """True in a process that another process of the same fit started: what is decided once was decided there."""
+    return any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
+
+
+def quieten_lightning() -> None:
+    """Leave out what Lightning prints about itself, its products, and this machine's lack of TPUs; keep warnings."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # small sets are held in memory, where workers only cost
+        ".*The number of training batches .* is smaller than the logging interval.*",
+        ".*srun.*",
+        ".*GPU available but not used.*",
+        ".*your dataloader is not resumable.*",  # the data modules of this project resume exactly
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*in eval mode at the start of training.*",  # frozen parts, which the lit modules put there
+        ".*predict returned None.*",  # predict writes files, it returns nothing
+        ".*torch.jit.script. is deprecated.*",  # a library's own use of it
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,170 @@
+"""One run folder per run, fixed by its owner: what lies where, what a fit may overwrite, and what it leaves behind.
+
+    run_dir/stage1|stage2/   config.yaml (resolved, of the last fit), run.json (one entry per fit: commit, seed,
+                             versions, threads, what it resumed from), metrics.jsonl (appends), checkpoints/
+    run_dir/tokenizer|prior/ exports, written by the lit modules
+
+Two rules keep results from getting lost. A fit never starts over in a folder that holds checkpoints unless it is told
+to (`overwrite`), and `resume auto` fails where there is nothing to resume: neither ever becomes the other silently.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+PACKAGES = ("unspool", "torch", "torchvision", "lightning", "timm", "open-clip-torch", "webdataset", "numpy")
+
+
+class RunFolderError(ValueError):
+    """A run folder that does not hold what the command needs, or holds what it must not lose."""
+
+
+class RunFolder:
+    """Paths of one stage of one run.
+
+    run_dir: the run's folder, e.g. runs/demo. stage: "stage1" or "stage2", the subfolder of what fit keeps.
+    """
+
+    def __init__(self, run_dir: str | Path, stage: str) -> None:
+        self.run_dir = Path(run_dir)
+        self.stage_dir = self.run_dir / stage
+        self.checkpoint_dir = self.stage_dir / "checkpoints"
+        self.last_checkpoint = self.checkpoint_dir / "last.ckpt"
+        self.metrics_file = self.stage_dir / "metrics.jsonl"
+        self.config_file = self.stage_dir / "config.yaml"
+        self.run_file = self.stage_dir / "run.json"
+
+    def checkpoint_to_resume(self, resume: str | None, overwrite: bool) -> Path | None:
+        """The checkpoint that a fit continues from, None for a fit from scratch.
+
+        resume: None, "auto" (the run's last checkpoint) or a path. overwrite: start over, dropping the stage's
+        checkpoints and metrics. Raises RunFolderError if there is nothing to resume, or if a fit from scratch would
+        lose checkpoints.
+        """
+        if resume is not None and overwrite:
+            raise RunFolderError(f"got resume={resume} and overwrite=true; choose one: continue, or start over")
+        if resume == "auto":
+            if not self.last_checkpoint.is_file():
+                raise RunFolderError(
+                    f"got --resume auto and found no checkpoint at {self.last_checkpoint}; leave --resume out to start "
+                    "from scratch, or give the run_dir of the run to continue"
+                )
+            return self.last_checkpoint
+        if resume is not None:
+            if not Path(resume).is_file():
+                raise RunFolderError(f"got --resume {resume}, which is no file; give a .ckpt file, or auto")
+            return Path(resume)
+        if any(self.checkpoint_dir.glob("*.ckpt")) and not overwrite:
+            raise RunFolderError(
+                f"{self.checkpoint_dir} holds checkpoints of an earlier fit; continue it with --resume auto, start "
+                "over with --overwrite true (its checkpoints and metrics are deleted), or choose another --run_dir"
+            )
+        return None
+
+    @rank_zero_only
+    def begin_fit(self, config_yaml: str, seed: Any, resumed: Path | None, overwrite: bool) -> None:
+        """Prepare the stage's folder for a fit: clear it if told to, write config.yaml, add an entry to run.json."""
+        if overwrite:
+            shutil.rmtree(self.checkpoint_dir, ignore_errors=True)
+            for file in (self.metrics_file, self.run_file):
+                file.unlink(missing_ok=True)
+        self.stage_dir.mkdir(parents=True, exist_ok=True)
+        self.config_file.write_text(config_yaml)
+        fits = json.loads(self.run_file.read_text())["fits"] if self.run_file.is_file() else []
+        fits.append({**describe_process(), "seed": seed, "resumed_from": None if resumed is None else str(resumed)})
+        write_atomically(self.run_file, json.dumps({"fits": fits}, indent=2) + "\n")
+
+
+class MetricsFile(Logger):
+    """Appends one JSON object per logged step to `path`: step, epoch (if logged), seconds since 1970, and the metrics.
+
+    A file of an earlier fit is continued, never truncated; of two lines with the same step the later one holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the resolved configuration lies beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        line = {"step": step, "time": round(time.time(), 2), **{key: float(value) for key, value in metrics.items()}}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def describe_process() -> dict[str, Any]:
+    """What a result depends on besides its config: time, command, commit, versions, threads, device."""
+    script = Path(sys.argv[0])
+    program = f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [program, *sys.argv[1:]],
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed_version(name)) is not None},
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " cpu",
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this source tree, with "+changes" if tracked files differ; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+    try:
+        head = git("rev-parse", "HEAD")
+    except FileNotFoundError:  # no git on this machine
+        return None
+    if head.returncode:
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution, None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old or the new content, never a part of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -1,0 +1,61 @@
+from .backbone import Backbone as Backbone, RotaryBackbone as RotaryBackbone
+from .base import Prior as Prior
+from .conditions import (
+    CaptionWords as CaptionWords,
+    ClassCondition as ClassCondition,
+    Condition as Condition,
+    NoCondition as NoCondition,
+    TextTowerCondition as TextTowerCondition,
+    WordSum as WordSum,
+)
+from .evaluation.generation import GenerationReport as GenerationReport
+from .guidance import FallingGuidance as FallingGuidance, Guidance as Guidance, RisingGuidance as RisingGuidance
+from .heads.amed import AMED as AMED
+from .heads.base import (
+    CleanOutput as CleanOutput,
+    FlowHead as FlowHead,
+    Head as Head,
+    MSEHead as MSEHead,
+    NoiseOutput as NoiseOutput,
+    VelocityOutput as VelocityOutput,
+)
+from .heads.ddpm import (
+    DDIM as DDIM,
+    DDPM as DDPM,
+    DataTarget as DataTarget,
+    LearnedVariance as LearnedVariance,
+    NoiseTarget as NoiseTarget,
+    VelocityTarget as VelocityTarget,
+)
+from .heads.diffusion import DiffusionHead as DiffusionHead
+from .heads.nets import (
+    AdaLNNet as AdaLNNet,
+    AddedConditionNet as AddedConditionNet,
+    HeadNet as HeadNet,
+    HoistedNet as HoistedNet,
+)
+from .heads.solvers import (
+    AdamsBashforth as AdamsBashforth,
+    DPMSolver2M as DPMSolver2M,
+    Euler as Euler,
+    EulerMaruyama as EulerMaruyama,
+    Heun as Heun,
+    Midpoint as Midpoint,
+    MidTimeEuler as MidTimeEuler,
+    Solver as Solver,
+)
+from .orders import (
+    LearnedOrder as LearnedOrder,
+    RandomOrder as RandomOrder,
+    RasterOrder as RasterOrder,
+    ReversedOrder as ReversedOrder,
+    SpiralOrder as SpiralOrder,
+    ZigzagOrder as ZigzagOrder,
+)
+from .prior import CausalPrior as CausalPrior
+from .training.latent_data import PriorDataModule as PriorDataModule, PriorImageModule as PriorImageModule
+from .training.lit_prior import LitPrior as LitPrior
+from .variants.captioning import CaptioningPrior as CaptioningPrior
+from .variants.masked import MaskedPrior as MaskedPrior
+from .variants.noise_extended import NoiseExtendedPrior as NoiseExtendedPrior
+from .variants.patches import PatchLatents as PatchLatents

@@ -1,0 +1,1 @@
+"""How a prior is judged: generation, distances, likelihood, sweeps and comparisons."""

@@ -1,0 +1,118 @@
+"""Frechet distances of a generation report, each beside the figure that it may fairly be compared with.
+
+All are to held-out pictures, in one set of features. Which pictures they are taken of makes more of a difference than
+one expects, since held-out captions fix most of a picture:
+
+* `reconstruction_real`: the held-out pictures themselves, encoded and decoded. Paired, picture by picture: what the
+  tokenizer loses, and nothing else.
+* `generated_real`: pictures drawn from the held-out captions. Unpaired: each differs from the held-out picture of its
+  caption as two real pictures of one caption differ.
+* `same_captions`: all unpaired, on those held-out captions that training pictures have word by word: `real_real` of
+  such training pictures, `reconstruction_real` of their reconstructions, `generated_real` of drawn ones. One n, one
+  list of captions, one reference, so that generated over reconstruction (`generated_over_reconstruction`) compares like
+  with like, and real_real is what a perfect sampler with a perfect tokenizer is left with.
+* `real_real`: training pictures drawn at random, whatever their captions say.
+
+A distance at finite n is too large by about c / n. `at_infinity` extrapolates as Chong & Forsyth 2020 ("Effectively
+unbiased FID", section 4) do: distances at several n, a straight line in 1 / n, its intercept; here with subsets of both
+sides. It may fall a little below 0 where there is no difference.
+
+Letters: N pictures, D features.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.evaluation.classifier import draw_training
+from stage1_tokenizer.evaluation.frechet import frechet_distance, precision_recall
+from stage2_prior.base import LatentSpace
+from stage2_prior.training.latent_data import longest
+
+MANY = 200  # pictures below which a distance between two sets says little
+POINTS = 10  # sizes from half of the pictures to all of them, at which the line in 1 / n is fitted
+
+Features = Callable[[Tensor], Tensor]
+
+
+def distance_report(
+    features: Features,
+    generated: dict[float, Tensor],
+    recon: Tensor,
+    real: dict[str, Any],
+    images: ImageDataModule,
+    tokenizer: LatentSpace,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every distance of the module's docstring, by name, and precision and recall of `generated` by guidance.
+
+    features: pictures (N,3,H,W) in [-1,1] -> (N,D). generated, recon: pictures of the rows of `real`, a batch of the
+    val split. `same_captions` is left out below 200 such captions.
+    """
+    n, reference = len(real["images"]), features(real["images"])
+    drawn = {w: features(pictures) for w, pictures in generated.items()}
+    out: dict[str, Any] = {
+        "n": n,
+        "real_real": frechet_distance(reference, features(draw_training(images, n, seed)["images"])),
+        "reconstruction_real": frechet_distance(reference, features(recon)),
+        "generated_real": {str(w): frechet_distance(reference, x) for w, x in drawn.items()},
+        "precision_recall": {str(w): precision_recall(reference, x) for w, x in drawn.items()},
+    }
+    rows, twins = same_caption_pairs(images, real)
+    if len(rows) > MANY:
+        others = images.samples("train", twins)["images"]
+        sets = {"real_real": features(others), "reconstruction_real": features(reconstruct(tokenizer, others))}
+        by_guidance = {str(w): x[rows] for w, x in drawn.items()}
+
+        def measured(distance: Callable[[Tensor, Tensor], float]) -> dict[str, Any]:
+            found: dict[str, Any] = {name: distance(reference[rows], x) for name, x in sets.items()}
+            return found | {"generated_real": {w: distance(reference[rows], x) for w, x in by_guidance.items()}}
+
+        same = measured(frechet_distance)
+        ratio = {w: distance / same["reconstruction_real"] for w, distance in same["generated_real"].items()}
+        out["same_captions"] = {"n": len(rows), **same, "generated_over_reconstruction": ratio}
+        if len(rows) >= 2 * reference.shape[1]:  # below, half of them do not span the features and no line is straight
+            out["same_captions"]["at_infinity"] = measured(lambda a, b: frechet_at_infinity(a, b, seed))
+    return out
+
+
+def frechet_at_infinity(a: Tensor, b: Tensor, seed: int = 0) -> float:
+    """Frechet distance of features (N,D) and (N,D) extrapolated to infinite N, by a straight line in 1 / n.
+
+    Each n takes the same rows of both, so that sets with one list of captions keep having one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.linspace(len(a) / 2, len(a), POINTS).round().long().tolist()
+    found = []
+    for n in sizes:
+        rows = torch.randperm(len(a), generator=generator)[:n]
+        found.append(frechet_distance(a[rows], b[rows]))
+    line = torch.stack([torch.ones(POINTS), 1 / torch.tensor(sizes)], dim=1).double()  # (points, 2)
+    return torch.linalg.lstsq(line, torch.tensor(found).double()[:, None]).solution[0].item()
+
+
+def reconstruct(tokenizer: LatentSpace, images: Tensor, batch_size: int = 250) -> Tensor:
+    """images (N,3,H,W) -> the same through the tokenizer at full length, on the CPU."""
+    device = next(iter(tokenizer.state_dict().values())).device  # type: ignore[attr-defined]
+    return torch.cat([tokenizer.decode(tokenizer.posterior(x.to(device))[0]).cpu() for x in images.split(batch_size)])
+
+
+def same_caption_pairs(images: ImageDataModule, real: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Held-out pictures whose caption a training picture has word by word: their rows, and such a picture of each.
+
+    No training picture is taken twice: a held-out caption that has no other left is left out.
+    """
+    free: dict[str, list[int]] = defaultdict(list)
+    for i, captions in reversed(list(enumerate(images.captions("train")))):
+        if captions:
+            free[longest(captions)].append(i)
+    rows, twins = [], []
+    for row, captions in enumerate(real["captions"]):
+        if captions and free.get(longest(captions)):
+            rows.append(row)
+            twins.append(free[longest(captions)].pop())
+    return rows, twins

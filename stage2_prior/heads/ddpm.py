@@ -1,0 +1,186 @@
+"""Diffusion on the cosine schedule (Nichol & Dhariwal 2021, eq. 17), as pure functions, and its two samplers.
+
+x_t = alpha_t x + sigma_t noise, alpha_t^2 = cos^2((t + s)/(1 + s) pi/2) / cos^2(s/(1 + s) pi/2), s = 0.008, and
+sigma_t^2 = 1 - alpha_t^2; t = 0 data, t = 1 noise, continuous, and t here is 0.9936 times theirs: alpha ends at 0.01.
+In their 1,000 steps it ends at 5e-5. A noise answer is then divided by 5e-5 in a sampler's first step, where a
+network's error of 0.05, or the rounding of bfloat16, throws a sample out to 15 standard deviations, from which it never
+returns (measured: samples of 250 to 450 standard deviations on the demo's latents). Starting from pure noise where x_t
+still holds a hundredth of the data costs 1e-4 of the variance.
+
+A *denoiser* is `x = denoise(x_t, t)`, the expected data; the samplers walk a grid of times down from 1 to 0 with it.
+Three targets describe one network answer: noise, data, or v = alpha noise - sigma x (Salimans & Ho 2022). The first
+divides by alpha: at t near 1 it blows an error up a hundredfold, which is why ODE steps on a noise target need many.
+
+Letters: M rows, C channels.
+"""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.spec import Spec
+from stage2_prior.heads.solvers import Field, Grid, SamplerError, Solver
+
+OFFSET = 0.008
+LAST = 0.99358  # of the time at which alpha vanishes: alpha = 0.01 there
+
+
+def alpha_sigma(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha_t, sigma_t) of the cosine schedule for times t in [0, 1], same shape."""
+    angle = (LAST * t + OFFSET) / (1 + OFFSET) * (math.pi / 2)
+    alpha = (angle.cos() / math.cos(OFFSET / (1 + OFFSET) * math.pi / 2)).clamp(max=1.0)
+    return alpha, (1 - alpha.square()).sqrt()
+
+
+def alpha_sigma_at(t: float) -> tuple[float, float]:
+    """`alpha_sigma` of one time, as floats."""
+    alpha, sigma = alpha_sigma(torch.tensor(t, dtype=torch.float64))
+    return float(alpha), float(sigma)
+
+
+class NoiseTarget(Spec, nn.Module):
+    """The network answers with the noise (MAR)."""
+
+    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return noise
+
+    def data(self, x_t: Tensor, answer: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        return (x_t - sigma * answer) / alpha
+
+
+class DataTarget(Spec, nn.Module):
+    """The network answers with the data."""
+
+    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x
+
+    def data(self, x_t: Tensor, answer: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        return answer
+
+
+class VelocityTarget(Spec, nn.Module):
+    """The network answers with v = alpha noise - sigma x."""
+
+    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * noise - sigma * x
+
+    def data(self, x_t: Tensor, answer: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        return alpha * x_t - sigma * answer
+
+
+Target = NoiseTarget | DataTarget | VelocityTarget
+
+
+def ddim(denoise: Field, x: Tensor, grid: Grid) -> Tensor:
+    """Deterministic steps: x_s = alpha_s x + sigma_s noise with both as estimated at t (Song et al. 2021, eq. 12)."""
+    for t, s in pairwise(grid):
+        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma_at(t), alpha_sigma_at(s)
+        data = denoise(x, t)
+        x = alpha_s * data + sigma_s / sigma * (x - alpha * data) if s > 0 else data
+    return x
+
+
+def step_variances(t: float, s: float) -> tuple[float, float]:
+    """Between times t > s > 0: beta, the variance of the forward step, and the smaller one of q(x_s | x_t, x)."""
+    (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma_at(t), alpha_sigma_at(s)
+    beta = 1 - (alpha / alpha_s) ** 2
+    return beta, beta * sigma_s**2 / sigma**2
+
+
+class LearnedVariance(Spec, nn.Module):
+    """The variance of a step by the network: Nichol & Dhariwal 2021, section 3.1.
+
+    The network's second answer u says where the step's variance lies between the posterior's (u = -1) and the forward
+    step's (u = 1), in the logarithm (eq. 15). It learns from `weight` times the variational bound, whose mean is held
+    fixed, so that the bound moves u alone and the mean keeps its squared error (eq. 16).
+
+    Args:
+        levels: steps of the chain that the bound is of; as many as the sampler takes, since the best variance depends
+            on the length of a step. (The bound is per step: their L_vlb / `levels`.)
+        weight: of the bound, in nats per channel, against the squared error. Theirs, 0.001 x 1,000 steps, is 1.
+    """
+
+    def __init__(self, levels: int = 100, weight: float = 1.0):
+        super().__init__()
+        if levels < 2 or not weight > 0:
+            raise SamplerError(f"got levels={levels}, weight={weight}, wanted at least 2 levels and a weight above 0.")
+        self.levels, self.weight = levels, weight
+
+    def bound(self, x: Tensor, data: Tensor, u: Tensor, t: Tensor) -> Tensor:
+        """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, of every channel.
+
+        x: the data (..., C); data: the network's estimate of it (no gradient reaches it); u (..., C); t (...) times.
+        The step from t is 1 / `levels` long, or half of what is left: the very last one injects nothing. Of the first
+        one the bound is 0: both variances are the same there, and a small error of a noise answer a large one of data.
+        """
+        t = t.unsqueeze(-1)
+        s = torch.maximum(t - 1 / self.levels, t / 2)
+        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+        # At t = 0 sigma is 0, and in float32 nearly so close to it.
+        beta = (1 - (alpha / alpha_s).square()).clamp(min=1e-8)
+        posterior = beta * (sigma_s / sigma.clamp(min=1e-4)).square().clamp(1e-8, 1.0)
+        log_ratio = (1 + u) / 2 * (beta / posterior).log()  # log of the model's variance over the posterior's
+        miss = alpha_s * beta / sigma.clamp(min=1e-4).square() * (x - data.detach())  # of the two means
+        kl = 0.5 * (log_ratio + (1 + miss.square() / posterior) * (-log_ratio).exp() - 1)
+        return torch.where(t <= 1 - 1 / self.levels, kl, 0.0)
+
+
+def ddpm(
+    denoise: Field | Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    x: Tensor,
+    grid: Grid,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    variance: float = 0.0,
+) -> Tensor:
+    """Ancestral steps (Ho et al. 2020, algorithm 2) between any two times of the grid.
+
+    The injected variance lies between the posterior's (`variance` 0, too small for a wide target) and the forward
+    step's (1, too large for a narrow one), interpolated in its logarithm; a denoiser with a learned variance returns
+    (data, u) and says where itself (see `LearnedVariance`). The last step injects nothing.
+    """
+    for t, s in pairwise(grid):
+        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma_at(t), alpha_sigma_at(s)
+        found = denoise(x, t)
+        data, share = (found[0], (1 + found[1]) / 2) if isinstance(found, tuple) else (found, variance)
+        if s <= 0:
+            return data
+        beta, posterior = step_variances(t, s)
+        x = alpha_s * beta / sigma**2 * data + alpha / alpha_s * sigma_s**2 / sigma**2 * x
+        std = posterior**0.5 * (beta / posterior) ** (share / 2)  # share: a number, or one for every channel
+        x = x + std * temperature * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x
+
+
+class DDIM(Solver):
+    """`ddim`: one evaluation a step."""
+
+    asks = "data"
+    method = staticmethod(ddim)
+
+    def __init__(self, steps: int = 50, power: float = 1.0):
+        super().__init__(steps, power)
+
+
+class DDPM(Solver):
+    """`ddpm`: one evaluation a step; `variance` from 0 (posterior) to 1 (forward step)."""
+
+    asks = "data"
+
+    def __init__(self, steps: int = 100, power: float = 1.0, variance: float = 0.0):
+        super().__init__(steps, power)
+        if not 0 <= variance <= 1:
+            raise SamplerError(f"got variance={variance}, wanted 0 (the posterior's) to 1 (the forward step's).")
+        self.variance = variance
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "variance": self.variance}
+
+    def forward(
+        self, field: Field, x: Tensor, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        return ddpm(field, x, self.grid(), generator, temperature, self.variance)

@@ -1,0 +1,1 @@
+"""How a prior is trained and what it reads."""

@@ -1,0 +1,1 @@
+"""Other priors: each keeps the contract of `base.Prior`."""

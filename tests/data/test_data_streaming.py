@@ -1,0 +1,61 @@
+"""Pictures streamed from tars: the same order from the same seed, whole epochs, and bad members counted."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.reading.streaming import StreamDataModule
+from data.schema import DataError
+from data.sources.open import SourceConfig
+from tests.data_samples import encoded, foreign, photo, prepared, samples_in, tar_of
+
+
+def stream(path: Path, **options: Any) -> StreamDataModule:
+    options = {"batch_size": 5, "image_size": 16, "steps_per_epoch": 8, "shuffle_buffer": 20, **options}
+    return StreamDataModule([str(path / "*.tar")], **options)
+
+
+def keys_of(loader: Any) -> list[str]:
+    return [key for batch in loader for key in batch["keys"]]
+
+
+def test_a_stream_repeats_with_its_seed_and_differs_by_epoch(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    loader = stream(tmp_path).train_dataloader()
+    first, second = keys_of(loader), keys_of(loader)
+    assert len(first) == len(second) == 40 and first != second
+    assert first == keys_of(stream(tmp_path).train_dataloader()) != keys_of(stream(tmp_path, seed=1).train_dataloader())
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_stream_has_its_steps_with_any_number_of_workers(tmp_path: Path, workers: int) -> None:
+    loader = stream(foreign(tmp_path), num_workers=workers).train_dataloader()
+    batches = list(loader)
+    assert len(batches) == 8 == len(loader)
+    for batch in batches:
+        assert batch["images"].shape == (5, 3, 16, 16) and -1 <= batch["images"].min() < batch["images"].max() <= 1
+        assert batch["captions"] == [[f"text {key}"] for key in batch["keys"]]
+
+
+def test_a_stream_counts_what_it_cannot_read_and_ends_above_its_limit(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    broken = [("x1.txt", b"no picture"), ("x2.jpg", b"not a picture"), ("x3.jpg", encoded(photo(1))[:500])]
+    tar_of(tmp_path / "00002.tar", broken)
+    (tmp_path / "00003.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:3000])
+    loader = stream(tmp_path, steps_per_epoch=30).train_dataloader()
+    assert len(keys_of(loader)) == 150 and loader.dataset.errors > 4  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="more than 3 unreadable"):
+        keys_of(stream(tmp_path, steps_per_epoch=30, most_errors=3).train_dataloader())
+    with pytest.raises(DataError, match="would run a command"):
+        StreamDataModule(["pipe:cat x.tar"])
+    with pytest.raises(DataError, match="no tar at"):
+        StreamDataModule([str(tmp_path / "nothing-*.tar")])
+
+
+def test_a_stream_validates_on_an_indexed_directory(tmp_path: Path) -> None:
+    scenes = tmp_path / "scenes"
+    prepared(SourceConfig("scenes", num=20, size=16, seed=4), scenes, shard_size=15)
+    data = stream(foreign(tmp_path / "tars"), val_dir=str(scenes))
+    wanted = [key for split, key, _ in samples_in(scenes) if split == "val"]
+    assert keys_of(data.val_dataloader()) == wanted

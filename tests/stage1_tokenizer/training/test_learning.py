@@ -1,0 +1,52 @@
+"""A tokenizer starts to learn at once: no plateau at the background of the scenes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from data.pictures.transforms import to_unit_range
+from data.sources.scenes import Scenes
+from stage1_tokenizer.evaluation.image_metrics import psnr
+from stage1_tokenizer.spec import build
+from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+STEPS, BATCH = 150, 32
+
+
+def scenes(start: int, stop: int) -> Tensor:
+    pixels = Scenes(stop, seed=0).draw(np.arange(start, stop))[1]
+    return to_unit_range(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", [None, "titok"])
+def test_one_decibel_above_the_background_within_150_steps(overlay: str | None) -> None:
+    config = yaml.safe_load((CONFIGS / "stage1" / "demo.yaml").read_text())["model"]["tokenizer"]
+    config["init_args"]["text"] = None
+    if overlay is not None:
+        other = yaml.safe_load((CONFIGS / "variants" / f"{overlay}.yaml").read_text())
+        config["init_args"] |= other["model"]["tokenizer"]["init_args"]
+    tokenizer = build(config).train()
+    optimizer = MuonAdamW(parameter_groups(tokenizer))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    images, held_out = scenes(0, STEPS * BATCH), scenes(10_000, 10_200)
+    for step in range(STEPS):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * warmup_flat_cosine(step, STEPS)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts, _ = tokenizer.losses(images[step * BATCH : (step + 1) * BATCH], step=step)
+            loss = tokenizer.total(parts)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.inference_mode():
+        tokenizer.eval()
+        reached = psnr(tokenizer.decode(tokenizer.encode(held_out)), held_out).mean()
+        background = held_out.flatten(2).median(-1).values[..., None, None].expand_as(held_out)
+        floor = psnr(background, held_out).mean()
+        assert reached > floor + 1.0, f"{reached:.2f} dB, background {floor:.2f} dB"
