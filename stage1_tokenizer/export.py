@@ -6,7 +6,7 @@ Nothing in a folder is executed: the config names classes of this package (see `
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import huggingface_hub
 from safetensors.torch import load_file, save_file
@@ -19,6 +19,15 @@ FILES = ("config.json", "model.safetensors")
 CARD = "README.md"
 
 M = TypeVar("M", bound=nn.Module)
+
+
+@runtime_checkable
+class KeepsFacts(Protocol):
+    """A module whose export holds more than its spec and weights."""
+
+    def export_facts(self) -> dict[str, str]: ...
+
+    def loaded_from(self, config: dict[str, Any]) -> None: ...
 
 
 def save_module(module: nn.Module, folder: str | Path, card: str | None = None) -> Path:
@@ -35,7 +44,8 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     partial = folder / "model.safetensors.part"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
-    config = {"format": FORMAT, "library": "unspool", **module.spec}  # type: ignore[dict-item]
+    facts = module.export_facts() if isinstance(module, KeepsFacts) else {}
+    config = {"format": FORMAT, "library": "unspool", **facts, **module.spec}  # type: ignore[dict-item]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     name = type(module).__name__
     card = card or getattr(module, "loaded_card", None)
@@ -72,6 +82,8 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None) -> 
             "the two files are not from one export."
         )
     module.load_state_dict(tensors, strict=True)
+    if isinstance(module, KeepsFacts):
+        module.loaded_from(config)
     if (folder / CARD).is_file():
         module.loaded_card = (folder / CARD).read_text("utf-8", "replace")  # type: ignore[assignment]
     return module.eval()

@@ -79,6 +79,7 @@ class Tokenizer(Spec, nn.Module):
         self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.lengths, self.text, self.linear_path = lengths, text, linear_path
+        self.described = describe(encoder.spec, bottleneck.spec)
         if linear_path is not None:
             bottleneck.start_silent()
         self.register_buffer("latent_mean", torch.zeros(self.num_latents, self.latent_dim))
@@ -210,7 +211,7 @@ class Tokenizer(Spec, nn.Module):
     @property
     def fingerprint(self) -> str:
         """Identity of the latent space: a hash of encoder, bottleneck, linear path and statistics (not the decoder)."""
-        digest = hashlib.sha256(json.dumps([self.encoder.spec, self.bottleneck.spec], sort_keys=True).encode())
+        digest = hashlib.sha256(self.described.encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(("encoder.", "bottleneck.", "linear_path.", "latent_")):
                 digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
@@ -240,6 +241,7 @@ class Tokenizer(Spec, nn.Module):
                 n: t for n, t in self.state_dict().items() if n.startswith("decoder.")
             }
         self.load_state_dict(state, strict=True)
+        self.described = other.described
 
     @classmethod
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "Tokenizer":
@@ -249,6 +251,16 @@ class Tokenizer(Spec, nn.Module):
         weights of another shape.
         """
         return load_module(cls, path, revision)
+
+    def export_facts(self) -> dict[str, str]:
+        """What an export's config.json holds besides the spec: the text of the fingerprint, where it is an older one."""
+        own = describe(self.encoder.spec, self.bottleneck.spec)
+        return {} if self.described == own else {"described": self.described}
+
+    def loaded_from(self, config: dict[str, Any]) -> None:
+        """Keep the identity of the export that this was loaded from; `config` is its config.json."""
+        made = config["init_args"]
+        self.described = config.get("described") or describe(made["encoder"], made["bottleneck"])
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
@@ -267,3 +279,12 @@ class Tokenizer(Spec, nn.Module):
         if not 1 <= k <= self.num_latents:
             raise ValueError(f"got {k} latents, wanted a prefix of 1 to {self.num_latents}.")
         return k
+
+
+def describe(encoder: dict[str, Any], bottleneck: dict[str, Any]) -> str:
+    """Specs of encoder and bottleneck as the text that a fingerprint begins with.
+
+    A loaded tokenizer keeps the text of its export: classes move and constructors gain arguments, and a latent space
+    stays what it was.
+    """
+    return json.dumps([encoder, bottleneck], sort_keys=True)

@@ -62,7 +62,7 @@ def test_batches_keep_the_contract(scenes: Path) -> None:
     assert -1 <= batch["images"].min() < batch["images"].max() <= 1
     assert batch["labels"].dtype == torch.int64 and batch["labels"].shape == (8,)
     assert [len(batch[name]) for name in ("captions", "keys", "attributes")] == [8, 8, 8]
-    assert [c for b in data.val_dataloader() for c in b["captions"]] == list(data.sources.captions("val"))
+    assert [c for b in data.val_dataloader() for c in b["captions"]] == list(data.captions("val"))
     assert len(data.arrays("train", limit=5)["keys"]) == 5
     counts = data.manifest()["counts"]
     assert [sum(len(b["keys"]) for b in loader) for loader in data.predict_dataloader()] == list(counts.values())

@@ -1,5 +1,6 @@
 """Exports of earlier versions load and compute what they did: files move, public names stay."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,13 @@ def test_a_prior_exported_before_the_move_draws_the_same() -> None:
     torch.testing.assert_close(drawn, expected["sample"], rtol=1e-3, atol=1e-3)
 
 
-def test_a_new_export_records_public_names(tmp_path: Path) -> None:
-    Tokenizer.from_pretrained(OLD / "tokenizer").save_pretrained(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    assert '"stage1_tokenizer.KLBottleneck"' in text and "stage1_tokenizer.bottleneck" not in text
+def test_a_new_export_records_public_names_and_keeps_the_identity(tmp_path: Path) -> None:
+    old = Tokenizer.from_pretrained(OLD / "tokenizer")
+    old.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).fingerprint == old.fingerprint
+    spec = json.loads((tmp_path / "config.json").read_text())["init_args"]
+    assert spec["bottleneck"]["class_path"] == "stage1_tokenizer.KLBottleneck"
+    assert "stage1_tokenizer.encoder" not in json.dumps(spec)
 
 
 @pytest.mark.parametrize("package", [stage1_tokenizer, stage2_prior], ids=lambda p: p.__name__)
