@@ -253,7 +253,7 @@ class Tokenizer(Spec, nn.Module):
         return load_module(cls, path, revision)
 
     def export_facts(self) -> dict[str, str]:
-        """What an export's config.json holds besides the spec: the text of the fingerprint, where it is an older one."""
+        """Besides the spec: the text that the fingerprint begins with, where it is an older one."""
         own = describe(self.encoder.spec, self.bottleneck.spec)
         return {} if self.described == own else {"described": self.described}
 
