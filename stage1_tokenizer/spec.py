@@ -27,10 +27,12 @@ class Spec:
 
     `unrecorded` names arguments that say where weights come from at the start, and the value that a description holds
     instead: an export has its weights in it, and must not ask for a file of the machine that it was made on.
+    `retired` names arguments of earlier versions and the value at which they changed nothing: exports hold them still.
     """
 
     spec: dict[str, Any]
     unrecorded: ClassVar[dict[str, Any]] = {}
+    retired: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +101,8 @@ def build(spec: dict[str, Any], trusted: tuple[str, ...] = TRUSTED) -> Any:
         raise SpecError(f"got class path {path!r}, which does not exist here ({error}); update the package.") from error
     if not (isinstance(cls, type) and issubclass(cls, Spec) and issubclass(cls, nn.Module)):
         raise SpecError(f"got class path {path!r}, wanted a module class that records its arguments.")
-    arguments = {k: build_value(v, trusted) for k, v in spec.get("init_args", {}).items()}
+    given = {k: v for k, v in spec.get("init_args", {}).items() if k not in cls.retired or v != cls.retired[k]}
+    arguments = {k: build_value(v, trusted) for k, v in given.items()}
     try:
         return cls(**arguments)
     except TypeError as error:

@@ -11,23 +11,22 @@ from .conditions import (
 from .evaluation.generation import GenerationReport as GenerationReport
 from .guidance import FallingGuidance as FallingGuidance, Guidance as Guidance, RisingGuidance as RisingGuidance
 from .heads.amed import AMED as AMED
-from .heads.base import (
-    CleanOutput as CleanOutput,
-    FlowHead as FlowHead,
-    Head as Head,
-    MSEHead as MSEHead,
-    NoiseOutput as NoiseOutput,
-    VelocityOutput as VelocityOutput,
-)
+from .heads.base import Head as Head
 from .heads.ddpm import (
     DDIM as DDIM,
     DDPM as DDPM,
     DataTarget as DataTarget,
-    LearnedVariance as LearnedVariance,
     NoiseTarget as NoiseTarget,
     VelocityTarget as VelocityTarget,
 )
 from .heads.diffusion import DiffusionHead as DiffusionHead
+from .heads.flow import (
+    CleanOutput as CleanOutput,
+    FlowHead as FlowHead,
+    NoiseOutput as NoiseOutput,
+    VelocityOutput as VelocityOutput,
+)
+from .heads.mse import MSEHead as MSEHead
 from .heads.nets import (
     AdaLNNet as AdaLNNet,
     AddedConditionNet as AddedConditionNet,

@@ -5,10 +5,15 @@ shape or with other statistics. What a caption becomes in front of the line is u
 own by default); its null row stands for "no caption", which is what an unconditional sample is asked with and what a
 share of the training captions is replaced by.
 
-Letters: B batch, K latents, C latent channels, L caption tokens.
+`sample` and `log_prob` check what they are given, once for all priors; how a line is drawn or scored is the business of
+`draw` and `score`, which each member writes.
+
+Letters: B batch, K latents, C latent channels, L caption tokens, R rows of a batch with unconditional twins.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,6 +25,7 @@ from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.conditions import Condition, TrainingData
 from stage2_prior.guidance import ALWAYS, Guidance
+from stage2_prior.heads.solvers import Solver
 
 FINGERPRINT_LENGTH = 16
 
@@ -59,6 +65,27 @@ class Text(NamedTuple):
     text_mask: Tensor
 
 
+@dataclass
+class Request:
+    """What `draw` is asked for, checked."""
+
+    text: Text  # R rows: B captions and, where guidance needs them, their B unconditional twins behind
+    prefix: Tensor  # (B,p,C) float32: the first latents, p may be 0; kept where `known`
+    known: Tensor  # (B,p) bool
+    num_latents: int  # n, p <= n <= K: the line ends there
+    scales: list[float]  # K guidance scales, by position
+    interval: tuple[float, float]  # times at which guidance acts
+    temperature: float
+    steps: int | None = None
+    solver: Solver | None = None
+    generator: torch.Generator | None = None
+
+    @property
+    def captions(self) -> int:
+        """B."""
+        return len(self.prefix)
+
+
 class Prior(Spec, nn.Module):
     """Contract of all priors, and what they share: captions, identity of the latent space, files, checks.
 
@@ -69,6 +96,7 @@ class Prior(Spec, nn.Module):
     """
 
     fingerprint_bytes: Tensor
+    held = torch.float32  # dtype of the linear layers' weights: see `hold`
     words: Condition  # what captions become; set by every prior, of the width of its transformer
 
     def __init__(self, num_latents: int, latent_dim: int, vocabulary: CaptionVocabulary | None, caption_dropout: float):
@@ -92,6 +120,11 @@ class Prior(Spec, nn.Module):
         losses = self.losses(z, text, generator)  # (B,K)
         return {"latents": (losses if weights is None else losses * weights).mean()}
 
+    def figures(self, z: Tensor, text: Text) -> dict[str, Tensor]:
+        """What this prior can say of lines z (B,K,C) and their captions besides its loss, by name, each (B,)."""
+        return {}
+
+    @torch.no_grad()
     def sample(
         self,
         captions: list[str],
@@ -99,27 +132,53 @@ class Prior(Spec, nn.Module):
         steps: int | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        solver: Solver | None = None,
+        prefix: Tensor | None = None,
+        num_latents: int | None = None,
     ) -> Tensor:
-        """Captions -> z (B,K,C) float32, standardised.
+        """B captions -> z (B,K,C) float32, standardised.
 
         guidance: 1 is conditional, 0 unconditional, 1.5 to 3 usual; or a schedule over positions and times.
-        steps: network evaluations of the head per latent (None: the head's default solver).
+        steps: network evaluations of the head per latent (None: those of the solver).
         temperature: factor on every normal draw, from 0 (no chance at all) upwards; 1 samples the model.
         generator: on the prior's device; the same state gives the same sample.
+        solver: of a head that is solved, in place of its own (None); see the table in `heads.solvers`.
+        prefix: (B,p,C) the first p latents, kept bit for bit; the rest is drawn given these and the captions.
+        num_latents: draw the first so many latents only, prefix included -> (B,num_latents,C).
         Raises PriorError (a ValueError) for captions that are not strings, or options out of range.
         """
+        request = self.request(captions, guidance, temperature, prefix, num_latents)
+        request.steps, request.solver, request.generator = steps, solver, generator
+        with self.autocast():
+            return self.draw(request)
+
+    def draw(self, ask: Request) -> Tensor:
+        """The checked request of `sample` -> z (B,n,C) float32."""
         raise NotImplementedError
 
-    def evaluations(self, steps: int | None = None) -> int:
+    def num_evaluations(self, steps: int | None = None, solver: Solver | None = None) -> int:
         """Network evaluations of the head per latent that `sample` would spend."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
         """z (B,K,C), captions -> (B,K) nats per latent, log p(z_i | earlier latents, caption).
 
         steps: of the ODE solver, whose error `likelihood` describes. Raises PriorError where a prior has no density.
         """
-        raise NotImplementedError
+        if len(z) != len(captions):
+            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted as many of each.")
+        z, text = self.check_latents(z), self.encode_text(captions)
+        with self.autocast():
+            return self.score(z, text, steps)
+
+    def score(self, z: Tensor, text: Text, steps: int) -> Tensor:
+        """`log_prob` of checked lines (B,K,C) -> (B,K)."""
+        raise PriorError(f"got a {type(self).__name__}, which has no density, for log_prob; use another prior.")
+
+    def caption(self, z: Tensor) -> list[str]:
+        """z (B,K,C) standardised -> a caption of each line. Raises PriorError for a prior that only draws."""
+        raise PriorError(f"got a {type(self).__name__}, which does not read lines out; use a CaptioningPrior.")
 
     # -- the latent space ---------------------------------------------------------------------------------------------
 
@@ -160,12 +219,6 @@ class Prior(Spec, nn.Module):
             wanted = f"(B, {self.num_latents}, {self.latent_dim})"
             raise PriorError(f"got latents of shape {tuple(z.shape)}, wanted {wanted}.")
         return z
-
-    def check_pairs(self, z: Tensor, captions: list[str]) -> tuple[Tensor, Text]:
-        """Lines and their captions, as `log_prob` takes them. Raises PriorError unless there are as many of each."""
-        if len(z) != len(captions):
-            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted as many of each.")
-        return self.check_latents(z), self.encode_text(captions)
 
     # -- captions -----------------------------------------------------------------------------------------------------
 
@@ -216,6 +269,36 @@ class Prior(Spec, nn.Module):
         u = torch.rand(len(text.ids), generator=generator, device=text.ids.device)
         return self.without_caption(text, u < self.caption_dropout)
 
+    def request(
+        self,
+        captions: list[str],
+        guidance: float | Guidance = 1.0,
+        temperature: float = 1.0,
+        prefix: Tensor | None = None,
+        num_latents: int | None = None,
+        known: Tensor | None = None,
+    ) -> Request:
+        """What `sample` is asked for, as `draw` takes it. Arguments and errors as `sample`.
+
+        known: (B,p) bool, which latents of the prefix are given; None: all.
+        """
+        text, scales, interval = self.guided_text(captions, guidance, temperature)
+        b, c = len(captions), self.latent_dim
+        n = self.num_latents if num_latents is None else num_latents
+        if not 1 <= n <= self.num_latents:
+            raise PriorError(f"got num_latents={n}, wanted 1 to {self.num_latents}.")
+        given = torch.zeros(b, 0, c) if prefix is None else prefix
+        if given.ndim != 3 or given.shape[::2] != (b, c) or given.shape[1] > n:
+            raise PriorError(f"got a prefix of shape {tuple(given.shape)}, wanted ({b}, up to {n}, {c}).")
+        known = torch.ones(given.shape[:2], dtype=torch.bool) if known is None else known
+        if known.shape != given.shape[:2] or known.dtype != torch.bool:
+            raise PriorError(
+                f"got known of shape {tuple(known.shape)} and {known.dtype}, wanted {tuple(given.shape[:2])} and bool:"
+                " one entry for each latent of the prefix."
+            )
+        device = text.ids.device
+        return Request(text, given.to(device, torch.float32), known.to(device), n, scales, interval, temperature)
+
     def guided_text(
         self, captions: list[str], guidance: float | Guidance, temperature: float
     ) -> tuple[Text, list[float], tuple[float, float]]:
@@ -229,11 +312,11 @@ class Prior(Spec, nn.Module):
             raise PriorError(f"got temperature={temperature}, wanted a finite number of at least 0.")
         schedule = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         scales, text = schedule.scales(self.num_latents), self.encode_text(captions)
-        nobody = self.without_caption(text, torch.ones(len(captions), dtype=torch.bool, device=text.ids.device))
+        unconditional = self.without_caption(text, torch.ones(len(captions), dtype=torch.bool, device=text.ids.device))
         if (not any(scales) and schedule.interval == ALWAYS) or self.words.constant:
-            return self.trim(nobody), [1.0] * self.num_latents, schedule.interval
+            return self.trim(unconditional), [1.0] * self.num_latents, schedule.interval
         if any(w != 1 for w in scales):
-            text = Text(torch.cat([text.ids, nobody.ids]), torch.cat([text.text_mask, nobody.text_mask]))
+            text = Text(torch.cat([text.ids, unconditional.ids]), torch.cat([text.text_mask, unconditional.text_mask]))
         return text, scales, schedule.interval
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -247,6 +330,36 @@ class Prior(Spec, nn.Module):
         return push_module(self, repo_id, card, **create)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "Prior":
-        """Load an exported folder, or a Hub repository by id; in eval mode. Errors as `Tokenizer.from_pretrained`."""
-        return load_module(cls, path, revision)
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Prior":
+        """Load an exported folder, or a Hub repository by id; in eval mode. Errors as `Tokenizer.from_pretrained`.
+
+        dtype: as `hold`; None keeps float32.
+        """
+        module = load_module(cls, path, revision)
+        module = module if device is None else module.to(device)
+        return module if dtype is None else module.hold(dtype)
+
+    def hold(self, dtype: torch.dtype) -> "Prior":
+        """Keep the weights of all linear layers in `dtype` from now on, for sampling and scoring; returns self.
+
+        Their products are then computed in it, as under autocast, but nothing is converted in every call: a sampler
+        asks the same matrices hundreds of times with a handful of rows, and converting costs as much as the products.
+        Norms, embeddings, biases, the path and the solver stay float32. Training wants float32 weights.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        self.held = dtype
+        return self
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Products in the dtype that weights are held in; where that is float32, whatever the caller has set up."""
+        if self.held == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.fingerprint_bytes.device.type, self.held)

@@ -26,7 +26,7 @@ from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text.open_clip_tower import OpenClipTower
 from stage1_tokenizer.text.supervision import TextTower
 from stage1_tokenizer.text.vocabulary import END, CaptionVocabulary
-from stage2_prior.training.latent_data import longest
+from stage2_prior.captions import longest
 
 WORD_STD = 0.7
 PROBE = 1000  # training samples whose labels are checked before the first step

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stage2_prior.heads.base import FlowHead
-
 Field = Callable[[Tensor, int], Tensor]  # x (..., C) and the number of half steps done -> v (..., C)
 
 
@@ -69,14 +67,6 @@ def ode_log_prob(field: Field, x: Tensor, steps: int) -> Tensor:
             log_det = log_det + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
     normal = -0.5 * x.square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
     return normal + log_det
-
-
-@torch.no_grad()
-def flow_log_prob(head: FlowHead, cond: Tensor, x: Tensor, steps: int = 32) -> Tensor:
-    """cond (M,D), x (M,C) float32 -> (M,) nats: log density of x under the head. Errors as `half_step_times`."""
-    times = half_step_times(steps)
-    condition, table = head.net.condition(cond), head.net.time(torch.tensor(times, device=x.device))
-    return ode_log_prob(lambda x, i: head.velocity(x, table[i], condition, times[i]), x, steps)
 
 
 class Density(Protocol):

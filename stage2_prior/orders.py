@@ -43,10 +43,26 @@ class LearnedOrder(Spec, nn.Module):
         return list(range(num_latents))
 
     def permutation(
-        self, batch: int, num_latents: int, device: torch.device, generator: torch.Generator | None = None
+        self,
+        batch: int,
+        num_latents: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        cuts: tuple[int, ...] = (),
     ) -> Tensor:
-        """(B,K) long: row b's i-th entry is the position modelled as the i-th."""
-        return fixed_order(tuple(self.positions(num_latents)), device).expand(batch, -1)
+        """(B,K) long: row b's i-th entry is the position modelled as the i-th.
+
+        cuts: lengths n of prefixes of the line, each to be modelled before what is behind it. Raises OrderError for a
+        fixed order that models another position earlier.
+        """
+        positions = self.positions(num_latents)
+        for n in cuts:
+            if any(position >= n for position in positions[:n]):
+                raise OrderError(
+                    f"got a prefix of {n} latents, but {type(self).__name__} models position"
+                    f" {max(positions[:n])} before some of them; leave out prefix and num_latents, or use LearnedOrder."
+                )
+        return fixed_order(tuple(positions), device).expand(batch, -1)
 
 
 class ReversedOrder(LearnedOrder):
@@ -62,9 +78,17 @@ class RandomOrder(LearnedOrder):
     varies = True
 
     def permutation(
-        self, batch: int, num_latents: int, device: torch.device, generator: torch.Generator | None = None
+        self,
+        batch: int,
+        num_latents: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+        cuts: tuple[int, ...] = (),
     ) -> Tensor:
-        return torch.rand(batch, num_latents, generator=generator, device=device).argsort(dim=1)
+        keys = torch.rand(batch, num_latents, generator=generator, device=device)
+        for n in cuts:
+            keys[:, n:] += n > 0  # what is behind a cut comes later, in any order
+        return keys.argsort(dim=1)
 
 
 class RasterOrder(LearnedOrder):

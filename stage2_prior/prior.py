@@ -5,7 +5,7 @@
 
 The caption's words are a prefix of the same sequence instead of one pooled vector: attributes then find their object.
 What the words are (an embedding of the prior's own, a text tower's features, a class, nothing) is up to `conditions`.
-Words see all words, latents see all words and earlier latents, nobody sees padding.
+Words see all words, latents see all words and earlier latents, padding is seen by none.
 
 Guided and unguided rows are two rows of one batch that share every sampled latent (a test asserts it); where no scale
 differs from 1 only the conditional rows exist, so that w = 1 *is* conditional sampling, bit for bit.
@@ -13,18 +13,18 @@ differs from 1 only the conditional rows exist, so that w = 1 *is* conditional s
 Letters: B batch, K latents, C latent channels, L caption tokens, D width, R rows of a batch with unconditional twins.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone, Cache
-from stage2_prior.base import Prior, PriorError, Text
-from stage2_prior.cast_once import cast_once
-from stage2_prior.conditions import WORD_STD, Condition, WordSum, words_of
-from stage2_prior.guidance import Guidance
-from stage2_prior.heads.base import FlowHead, Head
-from stage2_prior.likelihood import flow_log_prob
+from stage2_prior.base import Prior, PriorError, Request, Text
+from stage2_prior.conditions import WORD_STD, Condition, TrainingData, WordSum, words_of
+from stage2_prior.heads.base import Head
+from stage2_prior.heads.solvers import Solver
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line, scatter_line
 
 __all__ = ["CausalPrior", "Prior", "PriorError", "Text"]
@@ -80,8 +80,8 @@ class CausalPrior(Prior):
         z = self.check_latents(z)
         order = self.order.permutation(len(z), self.num_latents, z.device, generator)  # (B,K)
         line = gather_line(z, order)
-        said = self.drop_captions(text, generator)
-        cond = self.line_conditions(line, said, order, generator, noisy=self.training)  # (B,K,D)
+        text = self.drop_captions(text, generator)
+        cond = self.line_conditions(line, text, order, generator, noisy=self.training)  # (B,K,D)
         loss = self.head.loss(cond.flatten(0, 1), line.flatten(0, 1), generator).unflatten(0, z.shape[:2])
         return scatter_line(loss, order)  # (B,K)
 
@@ -121,51 +121,47 @@ class CausalPrior(Prior):
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    @cast_once
-    def sample(
-        self,
-        captions: list[str],
-        guidance: float | Guidance = 2.0,
-        steps: int | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        text, scales, interval = self.guided_text(captions, guidance, temperature)
-        m, rows, n_words = len(captions), len(text.ids), text.ids.shape[1]
-        guided_until = max((i + 1 for i, w in enumerate(scales) if w != 1), default=0)
-        plan, order = self.head.plan(steps), self.order.permutation(m, self.num_latents, text.ids.device, generator)
-        mask, positions = causal_mask(text.text_mask, self.num_latents), self.token_positions(n_words)
-        cache = self.read_words(text, m, mask, positions)
-        said = None if self.word_sum is None else self.word_sum(text.ids, text.text_mask)  # (R,1,D)
-        x = self.start.detach().expand(rows, 1, -1)
-        line: list[Tensor] = []
-        for i in range(self.num_latents):
+    def draw(self, ask: Request) -> Tensor:
+        m, n_words, device = ask.captions, ask.text.ids.shape[1], ask.text.ids.device
+        p, n = ask.prefix.shape[1], ask.num_latents
+        plan = self.head.plan(ask.steps, ask.solver)
+        order = self.order.permutation(m, self.num_latents, device, ask.generator, cuts=(p, n))[:, :n]
+        mask, positions = causal_mask(ask.text.text_mask, self.num_latents), self.token_positions(n_words)
+        cache = self.read_words(ask.text, m, mask, positions)
+        words = None if self.word_sum is None else self.word_sum(ask.text.ids, ask.text.text_mask)  # (R,1,D)
+        guided_until = max((i + 1 for i in range(p, n) if ask.scales[i] != 1), default=p)
+        line = list(gather_line(ask.prefix, order[:, :p]).unbind(1))
+        tokens = self.start.detach().expand(m, 1, -1)
+        if p:
+            given = self.latent_in(torch.stack(line, dim=1)).to(self.start.dtype)
+            tokens = torch.cat([tokens, given], dim=1)  # (B,p+1,D)
+        for i in range(p, n):
+            if i == guided_until:  # nothing from here on asks for the unconditional twins
+                cache, mask = cache.keep_rows(m), mask[:m]
             if self.target is not None:
-                x = x + self.target[order[:, i]].repeat(len(x) // m, 1)[:, None]
-            if said is not None:
-                x = x + said[: len(x)]
+                tokens = tokens + self.target[order[:, i + 1 - tokens.shape[1] : i + 1]]
+            x = tokens.repeat(len(mask) // m, 1, 1)  # (R,.,D), twins share what is drawn
+            if words is not None:
+                x = x + words[: len(x)]
             seen, end = cache.length, n_words + i + 1
             cond = self.backbone(x, positions[seen:end], mask[:, :, seen:end, :end], cache)[:, -1]  # (R,D)
             z_i = self.head.sample(
                 cond[:m],
                 cond[m:] if len(cond) > m else None,
-                scales[i],
-                interval=interval,
+                ask.scales[i],
+                interval=ask.interval,
                 plan=plan,
-                temperature=temperature,
-                generator=generator,
+                temperature=ask.temperature,
+                generator=ask.generator,
             )  # (B,C)
             line.append(z_i)
-            if i + 1 == guided_until:  # nothing later asks for the unconditional twins
-                cache, mask = cache.keep_rows(m), mask[:m]
-            x = self.latent_in(z_i).to(self.start.dtype).repeat(len(mask) // m, 1)[:, None]  # (R,1,D), twins share z_i
-        return scatter_line(torch.stack(line, dim=1), order)  # (B,K,C)
+            tokens = self.latent_in(z_i).to(self.start.dtype)[:, None]  # (B,1,D)
+        return scatter_line(torch.stack(line, dim=1), order)  # (B,n,C)
 
     def read_words(self, text: Text, captions: int, mask: Tensor, positions: Tensor) -> Cache:
         """A cache with room for the line, filled with the words of every row (words see nothing else).
 
-        Unconditional twins, the rows behind the first `captions`, all say the same: one of them is computed.
+        Unconditional twins, the rows behind the first `captions`, are all alike: one of them is computed.
         """
         rows, n_words = text.ids.shape
         distinct = min(rows, captions + 1)
@@ -174,23 +170,22 @@ class CausalPrior(Prior):
         self.backbone(words, positions[:n_words], mask[:distinct, :, :n_words, :n_words], cache)
         return cache if rows == distinct else cache.repeat_last(rows - distinct)
 
-    def evaluations(self, steps: int | None = None) -> int:
-        return self.head.plan(steps).evaluations
+    def num_evaluations(self, steps: int | None = None, solver: Solver | None = None) -> int:
+        return self.head.plan(steps, solver).num_evaluations
 
-    @torch.no_grad()
-    def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
-        """As `Prior.log_prob`, exact up to the solver.
-
-        With an order that varies, the chain rule holds for any order; the tokenizer's is taken.
-        """
-        head = flow_head(self.head)
-        z, text = self.check_pairs(z, captions)
+    def score(self, z: Tensor, text: Text, steps: int) -> Tensor:
+        """With an order that varies, the chain rule holds for any order; the tokenizer's is taken."""
+        check_density(self.head)
         fixed = LearnedOrder() if self.order.varies else self.order
         order = fixed.permutation(len(z), self.num_latents, z.device)
         line = gather_line(z, order)
         cond = self.line_conditions(line, text, order).flatten(0, 1)  # (B K,D)
-        found = flow_log_prob(head, cond, line.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])
-        return scatter_line(found, order)  # (B,K)
+        nats = self.head.log_prob(cond, line.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])
+        return scatter_line(nats, order)  # (B,K)
+
+    def prepare(self, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> str:
+        self.head.prepare(data, tokenizer)
+        return super().prepare(data, tokenizer)
 
 
 def token_positions(n_words: int, context_length: int, n_line: int, device: torch.device) -> Tensor:
@@ -199,11 +194,10 @@ def token_positions(n_words: int, context_length: int, n_line: int, device: torc
     return torch.cat([torch.arange(n_words, device=device), line])
 
 
-def flow_head(head: Head) -> FlowHead:
-    """`head`, whose density is asked for. Raises PriorError where it has none that is known here."""
-    if not isinstance(head, FlowHead):
-        raise PriorError(f"got a {type(head).__name__}, wanted a FlowHead: only its density is known here.")
-    return head
+def check_density(head: Head) -> None:
+    """Raises PriorError unless `head` has a density."""
+    if not head.has_density:
+        raise PriorError(f"got a {type(head).__name__} for log_prob, wanted a head with a density, such as FlowHead.")
 
 
 def check_parts(head: Head, backbone: Backbone, latent_dim: int, tokens: int) -> None:

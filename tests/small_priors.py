@@ -5,7 +5,8 @@ import torch
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior import Prior
 from stage2_prior.backbone import Backbone
-from stage2_prior.heads.base import FlowHead, Head
+from stage2_prior.heads.base import Head
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import HoistedNet
 
 K, C, D = 6, 4, 32

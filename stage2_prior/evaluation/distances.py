@@ -31,7 +31,7 @@ from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.classifier import draw_training
 from stage1_tokenizer.evaluation.frechet import frechet_distance, precision_recall
 from stage2_prior.base import LatentSpace
-from stage2_prior.training.latent_data import longest
+from stage2_prior.captions import longest
 
 MANY = 200  # pictures below which a distance between two sets says little
 POINTS = 10  # sizes from half of the pictures to all of them, at which the line in 1 / n is fitted

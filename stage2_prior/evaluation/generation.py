@@ -32,11 +32,12 @@ from stage1_tokenizer.evaluation.frechet import RandomConvFeatures
 from stage1_tokenizer.evaluation.report import Figure, Report, provenance
 from stage1_tokenizer.precision import matmul_dtype
 from stage2_prior.base import LatentSpace, Prior
+from stage2_prior.captions import askable
+from stage2_prior.evaluation.captioning_report import captioning_report
 from stage2_prior.evaluation.distances import distance_report
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
 from stage2_prior.guidance import Guidance
-from stage2_prior.training.latent_data import CaptionSource, askable, same_samples
-from stage2_prior.variants.captioning import captioning_report
+from stage2_prior.training.latent_data import CaptionSource, same_samples
 
 FEWEST = 20  # captions in a group that is told apart further
 
@@ -187,7 +188,7 @@ class GenerationReport:
             "seconds_per_image": seconds / len(chosen),
             "batch_size": len(chosen),
             "guidance": self.guidance,
-            "evaluations_per_latent": prior.evaluations(self.steps),
+            "evaluations_per_latent": prior.num_evaluations(self.steps),
             "threads": torch.get_num_threads(),
             "device": device_of(prior).type,
         }

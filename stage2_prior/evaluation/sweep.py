@@ -23,11 +23,12 @@ from stage1_tokenizer.evaluation.frechet import RandomConvFeatures, frechet_dist
 from stage1_tokenizer.evaluation.report import Report, provenance
 from stage1_tokenizer.spec import build
 from stage2_prior.base import Prior, load_space
+from stage2_prior.captions import askable
 from stage2_prior.evaluation.generation import GenerationReport, caption_groups, faithfulness
 from stage2_prior.guidance import ALWAYS, Guidance, GuidanceError
 from stage2_prior.heads.base import SolverHead
 from stage2_prior.heads.solvers import SamplerError, Solver, check_solver
-from stage2_prior.training.latent_data import PriorDataModule, askable, same_samples
+from stage2_prior.training.latent_data import PriorDataModule, same_samples
 
 
 def sweep(
@@ -50,7 +51,7 @@ def sweep(
     for solver in methods.values():
         use(prior, solver)
         for n in steps:
-            prior.evaluations(n)  # refuses what its solver cannot do before anything is sampled
+            prior.num_evaluations(n)  # refuses what its solver cannot do before anything is sampled
     latents = PriorDataModule(str(run_dir / "latents"))
     images = ImageDataModule(str(run_dir / "data"), image_size=tokenizer.image_size)
     held = latents.arrays("val", num_captions)

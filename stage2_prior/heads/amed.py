@@ -11,28 +11,22 @@ interval, so that the solver's times stay known beforehand and a head can tabula
 how the two velocities at hand are weighed; the predictor reads those instead of a network's bottleneck, so that it
 fits any head, any latent width, and the guided field as well.
 
-    python -m stage2_prior.heads.amed --run_dir runs/demo --steps 4      # writes runs/demo/prior_amed
+`python -m stage2_prior.training.distil` does it for the prior of a run.
 
 Letters: M rows, C latent channels.
 """
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.reading.datamodule import LatentDataModule
-from stage2_prior.base import Prior
-from stage2_prior.evaluation.sweep import default_device
-from stage2_prior.heads.base import FlowHead, HeadError
+from stage2_prior.heads.base import HeadError
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.solvers import Field, Midpoint, Solver
-from stage2_prior.prior import CausalPrior
-from stage2_prior.training.latent_data import askable
 
 
 class MeanDirection(nn.Module):
@@ -40,7 +34,7 @@ class MeanDirection(nn.Module):
 
     Reads of every channel its own three values and, pooled over channels, their six mean products (how long the three
     are and how far the velocity has turned), so that it knows no channel by name and works for any C. Its matrices are
-    bare parameters, which `cast_weights` leaves in float32 as the path is.
+    bare parameters, which `Prior.hold` leaves in float32 as the path is.
     """
 
     def __init__(self, width: int = 16):
@@ -95,8 +89,8 @@ class AMED(Solver):
 
     def with_evaluations(self, evaluations: int) -> Solver:
         """This solver if it costs that much; what was learned for one grid is worth nothing on another."""
-        if evaluations != self.evaluations:
-            raise HeadError(f"got steps={evaluations}, wanted {self.evaluations}: AMED was distilled for that many.")
+        if evaluations != self.num_evaluations:
+            raise HeadError(f"got steps={evaluations}, wanted {self.num_evaluations}, which AMED was distilled for.")
         return self
 
 
@@ -128,7 +122,7 @@ def fit_amed(
     `guidances` alike: relative to midpoint's own distance at the same cost. Scales other than 1 need `uncond` (M,D).
     The teacher runs `rows` times for each scale, and batches are drawn from that. Raises HeadError without `uncond`.
     """
-    solver, teacher, device = AMED(steps).to(cond.device), head.plan_with(Midpoint(steps=32)), cond.device
+    solver, teacher, device = AMED(steps).to(cond.device), head.plan(solver=Midpoint(steps=32)), cond.device
     trained = [p for p in head.parameters() if p.requires_grad]
     head.requires_grad_(False)
 
@@ -161,45 +155,3 @@ def fit_amed(
     for parameter in trained:
         parameter.requires_grad_(True)
     return solver.requires_grad_(False)
-
-
-def main(arguments: list[str] | None = None) -> Path:
-    """Distil on the condition rows of held-out latents and export the prior with its new default solver."""
-    parser = argparse.ArgumentParser(prog="python -m stage2_prior.heads.amed", description="Distil a few-step solver.")
-    parser.add_argument("--run_dir", type=Path, required=True, help="run with prior/ and latents/")
-    parser.add_argument("--steps", type=int, default=4, help="evaluations of the head per latent, even")
-    parser.add_argument(
-        "--guidances", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="scales that it will sample with"
-    )
-    parser.add_argument("--lines", type=int, default=500, help="held-out lines whose condition rows are used")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default=default_device(), help="cpu or cuda")
-    options = parser.parse_args(arguments)
-    if options.steps < 2 or options.steps % 2:
-        parser.error(f"got --steps {options.steps}, wanted an even number of at least 2")
-    prior = Prior.from_pretrained(options.run_dir / "prior").to(options.device)
-    if not isinstance(prior, CausalPrior) or not isinstance(prior.head, FlowHead):
-        parser.error(f"{options.run_dir / 'prior'} has no flow head to distil on")
-    data = LatentDataModule(str(options.run_dir / "latents"))
-    info = data.latent_info
-    prior.check_space(info["num_latents"], info["latent_dim"], info["tokenizer_fingerprint"])
-    held, captions = askable(prior.words.ask, data.arrays("val", options.lines))
-    torch.manual_seed(options.seed)
-    with torch.no_grad():
-        z = held["latents"] + held["latents_std"] * torch.randn(held["latents"].shape)
-        text = prior.encode_text(captions)
-        nobody = prior.without_caption(text, torch.ones(len(captions), dtype=torch.bool, device=text.ids.device))
-        cond, uncond = (prior.conditions(z.to(options.device), said).flatten(0, 1) for said in (text, nobody))
-    solver = fit_amed(prior.head, cond, uncond, options.guidances, options.steps // 2)
-    prior.head.solver = solver
-    prior.spec["init_args"]["head"]["init_args"]["solver"] = solver.spec
-    folder = prior.save_pretrained(options.run_dir / "prior_amed")
-    places = ", ".join(f"{where:.3f}" for where in solver.where.tolist())
-    print(f"AMED with {options.steps} evaluations (second ones at {places} of their intervals): {folder}")
-    return folder
-
-
-if __name__ == "__main__":
-    from stage2_prior.heads.amed import main as run  # not this module: an export must not name a class of `__main__`
-
-    run()

@@ -1,19 +1,18 @@
 """Heads: what one latent looks like given its past. Two verbs, `loss` and `sample`, over condition rows.
 
-A squared error would say: a Gaussian around one mean, and its samples are that mean (or that mean plus noise). Real
-latents given a past are neither. The flow head learns a velocity field that carries noise to the latent, so that any
-distribution fits; the transformer runs once per latent, the small network of the head several times (Li et al. 2024,
-"MAR", with the linear path of Liu et al. 2022 instead of a cosine schedule). `MSEHead` is the control.
+The transformer runs once per latent and hands over one row; a head turns that row into a distribution. Its members
+differ in what they assume of it (Li et al. 2024, "MAR", is the source of the idea):
 
-Choices, with reasons:
-* Several draws of t per latent share one condition: the expensive row is computed once.
-* t is logit-normal and stratified over a latent's draws: most of what a field must learn is at middle times, and
-  strata halve the noise of the loss for nothing.
-* The path, the loss and the solver are float32; only matrix products may be bfloat16 (autocast of the caller).
-* Guidance is v = v_u + w (v_c - v_u), both halves in one call of the network. w = 1 and w = 0 need one half only and
-  compute only that one; outside the guidance interval the other half is skipped, too.
+* `MSEHead`: a Gaussian around one mean, the control.
+* `MixtureHead`: a sum of Gaussians, density in closed form, one evaluation.
+* `FlowHead`, `DiffusionHead`: any distribution, by several evaluations of a small network (`SolverHead`).
+* `CategoricalHead`, `CodebookHead`: symbols, for the latents of a discrete bottleneck and no others.
 
-Letters: M rows, C latent channels, D condition width, S draws of t.
+A head that has a density also answers `log_prob`. What sampling can prepare once for all latents of a picture goes into
+a `Plan`. Guidance combines two rows, conditional and unconditional; each head says of what (velocities, means, logits),
+and all compute one half only where one is enough (w = 1 and w = 0).
+
+Letters: M rows, C latent channels, D condition width.
 """
 
 from collections.abc import Callable
@@ -23,39 +22,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.flow import interpolate, logit_normal_times, v_from_noise, v_from_x, velocity
-from stage1_tokenizer.layers import decayed
 from stage1_tokenizer.spec import Spec
+from stage2_prior.conditions import TrainingData
 from stage2_prior.guidance import ALWAYS
 from stage2_prior.heads.nets import HeadNet
-from stage2_prior.heads.solvers import Field, Midpoint, Solver, check_solver
+from stage2_prior.heads.solvers import Field, Solver, check_solver
 
 
 class HeadError(ValueError):
-    """An option that a head cannot work with."""
+    """An option, or latents, that a head cannot work with."""
 
 
 @dataclass
 class Plan:
     """How a head samples, prepared once for all latents of a picture: the solver, and its network's time table."""
 
-    solver: nn.Module | None = None
+    solver: Solver | None = None
     table: dict[float, Tensor] = field(default_factory=dict)
-    evaluations: int = 0
+    num_evaluations: int = 1
 
 
 class Head(Spec, nn.Module):
-    """Contract of all heads; cond rows are (M, D), latents (M, C)."""
+    """Contract of all heads; cond rows are (M, D), latents (M, C).
+
+    has_density: `log_prob` is there.
+    """
 
     latent_dim: int
     cond_dim: int
+    has_density = False
+
+    def prepare(self, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> None:
+        """Learn what is fixed about the latents before the first step; `tokenizer` loads the exported one when called.
+
+        Raises HeadError for latents that this head cannot model: a continuous one refuses symbols.
+        """
+        refuse_symbols(type(self).__name__, data, tokenizer)
 
     def loss(self, cond: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(M, D), (M, C) -> (M,) loss of each row, the mean over channels and draws."""
         raise NotImplementedError
 
-    def plan(self, steps: int | None = None) -> Plan:
-        """Prepare sampling with `steps` network evaluations per latent (None: the head's own default)."""
+    def plan(self, steps: int | None = None, solver: Solver | None = None) -> Plan:
+        """Prepare sampling with `steps` network evaluations per latent, by `solver` (None: the head's own defaults)."""
         raise NotImplementedError
 
     def sample(
@@ -72,6 +81,21 @@ class Head(Spec, nn.Module):
         """(M, D) -> (M, C) float32. `guidance` != 1 needs `uncond` (M, D); it acts at times within `interval`."""
         raise NotImplementedError
 
+    def log_prob(self, cond: Tensor, x: Tensor, steps: int = 32) -> Tensor:
+        """cond (M, D), x (M, C) float32 -> (M,) nats: log density of x (log mass, of a discrete head).
+
+        steps: of a solver, where there is one. Raises HeadError for a head without a density.
+        """
+        raise HeadError(f"got a {type(self).__name__}, wanted a head that has a density, such as FlowHead.")
+
+
+def one_evaluation(head: Head, steps: int | None, solver: Solver | None) -> Plan:
+    """The plan of a head without a solver. Raises HeadError for a solver, or steps other than 1."""
+    if steps not in (None, 1) or solver is not None:
+        got = f"steps={steps}" if solver is None else f"the solver {type(solver).__name__}"
+        raise HeadError(f"got {got} for a {type(head).__name__}, wanted 1 evaluation and no solver; leave both out.")
+    return Plan()
+
 
 def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float, interval: tuple[float, float] = ALWAYS) -> Tensor:
     """The condition rows that a guided step needs: cond, uncond or both. Raises HeadError if one is missing.
@@ -83,6 +107,22 @@ def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float, interval: 
     if uncond is None:
         raise HeadError(f"got guidance={guidance} without unconditional rows, wanted them, or guidance=1.")
     return uncond if guidance == 0.0 and interval == ALWAYS else torch.cat([cond, uncond])
+
+
+def refuse_symbols(whose: str, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> None:
+    """Raises HeadError where the latents are those of a discrete bottleneck, whose density would be without bound.
+
+    The tokenizer, which knows, is loaded only where the latents have no noise, as symbols have none.
+    """
+    some = data.arrays("train", 8)
+    if "latents_std" in some and bool(some["latents_std"].any()):
+        return
+    bottleneck = getattr(tokenizer(), "bottleneck", None)
+    if getattr(bottleneck, "rounds", False):
+        raise HeadError(
+            f"got a {whose} for the latents of a {type(bottleneck).__name__}, which are symbols: it would draw values"
+            " between them; use a CategoricalHead (FSQ) or a CodebookHead (VQ)."
+        )
 
 
 class SolverHead(Head):
@@ -106,22 +146,17 @@ class SolverHead(Head):
         self.net, self.latent_dim, self.cond_dim = net, net.latent_dim, net.cond_dim
         self.solver, self.draws = solver, draws
 
-    def field(self, x: Tensor, answer: Tensor, t: float) -> Any:
+    def field(self, x: Tensor, answer: Tensor, t: float) -> Tensor:
         """What the solver asks for at x (M, C) and t, from the network's answer there, float32."""
         raise NotImplementedError
 
-    def guided(self, answer_c: Tensor, answer_u: Tensor, guidance: float) -> Tensor:
-        """The two answers as one; every answer is linear in the velocity, so that it may be guided in its place."""
-        return torch.lerp(answer_u, answer_c, guidance)
-
-    def plan(self, steps: int | None = None) -> Plan:
-        return self.plan_with(self.solver if steps is None else self.solver.with_evaluations(steps))
-
-    def plan_with(self, solver: Solver) -> Plan:
-        """`plan` for another solver than the head's own."""
-        times = solver.times()
+    def plan(self, steps: int | None = None, solver: Solver | None = None) -> Plan:
+        chosen = self.solver if solver is None else solver
+        check_solver(chosen, self.answers_with, type(self).__name__)
+        chosen = chosen if steps is None else chosen.with_evaluations(steps)
+        times = chosen.times()
         rows = self.net.time(torch.tensor(times, device=self.net.out.weight.device))  # (T,·)
-        return Plan(solver, dict(zip(times, rows, strict=True)), len(times))
+        return Plan(chosen, dict(zip(times, rows, strict=True)), len(times))
 
     def sample(
         self,
@@ -151,7 +186,8 @@ class SolverHead(Head):
         """What a solver walks along: (x (M,C), t) -> (M,C) float32, given condition rows (M,D).
 
         `time_of` gives the network's time of t, from a table, say; None computes it, and t may then be a tensor that
-        wants a gradient. Other arguments and errors as `guided_rows`.
+        wants a gradient. Guidance is field_u + w (field_c - field_u) through the network's answers, both halves in one
+        call; an answer is linear in the field, so that it may be guided in its place. Errors as `guided_rows`.
         """
         rows = guided_rows(cond, uncond, guidance, interval)
         condition = self.net.condition(rows)  # (M,·) or, guided, (2M,·)
@@ -166,129 +202,6 @@ class SolverHead(Head):
             if not (guided and interval[0] <= t <= interval[1]):
                 return self.field(x, self.net(x, time, condition[:m]).float(), t)
             answer_c, answer_u = self.net(torch.cat([x, x]), time, condition).float().chunk(2)
-            return self.field(x, self.guided(answer_c, answer_u, guidance), t)
+            return self.field(x, torch.lerp(answer_u, answer_c, guidance), t)
 
         return field
-
-
-class VelocityOutput(Spec, nn.Module):
-    """The network's answer is v itself."""
-
-    def forward(self, x_t: Tensor, answer: Tensor, t: Tensor | float) -> Tensor:
-        return answer
-
-
-class CleanOutput(Spec, nn.Module):
-    """The network's answer is the data; v follows by the path's algebra."""
-
-    def forward(self, x_t: Tensor, answer: Tensor, t: Tensor | float) -> Tensor:
-        return v_from_x(x_t, answer, t)
-
-
-class NoiseOutput(Spec, nn.Module):
-    """The network's answer is the noise; v follows by the path's algebra."""
-
-    def forward(self, x_t: Tensor, answer: Tensor, t: Tensor | float) -> Tensor:
-        return v_from_noise(x_t, answer, t)
-
-
-Output = VelocityOutput | CleanOutput | NoiseOutput
-
-
-class FlowHead(SolverHead):
-    """Velocity regression on the linear path.
-
-    Args:
-        net: the network, with latent width C and condition width D.
-        output: what the network's answer means; the loss is on the velocity in any case.
-        solver: default solver of `sample` (None: midpoint x 4).
-        draws: draws of t per latent and step.
-        time_mean, time_std: of logit(t); a larger mean trains more at high noise.
-        rows_per_time: so many consecutive rows share their draws of t (all latents of a picture, say), which makes the
-            time side of the network that much cheaper. Must divide the number of rows.
-    """
-
-    def __init__(
-        self,
-        net: HeadNet,
-        output: Output | None = None,
-        solver: Solver | None = None,
-        draws: int = 4,
-        time_mean: float = 0.0,
-        time_std: float = 1.0,
-        rows_per_time: int = 1,
-    ):
-        super().__init__(net, Midpoint() if solver is None else solver, draws)
-        if rows_per_time < 1 or time_std <= 0 or net.answers != 1:
-            raise HeadError(
-                f"got rows_per_time={rows_per_time}, time_std={time_std} and a network with {net.answers} answers; want"
-                " rows_per_time at least 1, time_std above 0 and 1 answer, the velocity."
-            )
-        self.output: Output = VelocityOutput() if output is None else output
-        self.time_mean, self.time_std, self.rows_per_time = time_mean, time_std, rows_per_time
-
-    def loss(self, cond: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        rows, shared = target.shape[0], self.rows_per_time
-        if rows % shared:
-            raise HeadError(f"got {rows} rows, wanted a multiple of rows_per_time={shared}; set rows_per_time to 1.")
-        groups = (rows // shared, shared)
-        x = target.float().unflatten(0, groups)  # (G,s,C)
-        t = logit_normal_times(
-            groups[0], self.draws, device=x.device, mean=self.time_mean, std=self.time_std, generator=generator
-        ).unsqueeze(-1)  # (S,G,1)
-        noise = torch.randn(self.draws, *x.shape, generator=generator, device=x.device)  # (S,G,s,C)
-        x_t = interpolate(x, noise, t.unsqueeze(-1))  # (S,G,s,C)
-        condition = self.net.condition(cond).unflatten(0, groups)  # (G,s,·)
-        answer = self.net(x_t, self.net.time(t), condition).float()  # (S,G,s,C)
-        v = self.output(x_t, answer, t.unsqueeze(-1))
-        return (v - velocity(x, noise)).square().mean(dim=(0, -1)).flatten()  # (M,)
-
-    def velocity(self, x: Tensor, time: Tensor, condition: Tensor, t: Tensor | float) -> Tensor:
-        """The field at x (M, C) and t, float32, from the network's prepared time and condition."""
-        return self.output(x, self.net(x, time, condition).float(), t)
-
-    def field(self, x: Tensor, answer: Tensor, t: float) -> Tensor:
-        return self.output(x, answer, t)
-
-
-class MSEHead(Head):
-    """The Gaussian assumption: predict the mean, add noise of one fixed size (the control).
-
-    Args:
-        latent_dim, cond_dim: C and D.
-        sigma: standard deviation of the noise that `sample` adds; 0 returns the mean (as Emu2 does).
-    """
-
-    def __init__(self, latent_dim: int, cond_dim: int, sigma: float = 0.0, width: int = 320):
-        super().__init__()
-        if sigma < 0:
-            raise HeadError(f"got sigma={sigma}, wanted 0 or a positive standard deviation.")
-        self.latent_dim, self.cond_dim, self.sigma = latent_dim, cond_dim, sigma
-        self.net = nn.Sequential(decayed(nn.Linear(cond_dim, width)), nn.SiLU(), decayed(nn.Linear(width, latent_dim)))
-
-    def loss(self, cond: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return (self.net(cond).float() - target.float()).square().mean(-1)  # (M,)
-
-    def plan(self, steps: int | None = None) -> Plan:
-        if steps not in (None, 1):
-            raise HeadError(f"got steps={steps}, wanted 1: an MSE head answers in one evaluation.")
-        return Plan(evaluations=1)
-
-    def sample(
-        self,
-        cond: Tensor,
-        uncond: Tensor | None = None,
-        guidance: float = 1.0,
-        *,
-        interval: tuple[float, float] = ALWAYS,
-        plan: Plan | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        rows = guided_rows(cond, uncond, guidance)
-        mean = self.net(rows).float()
-        if len(rows) > len(cond):
-            mean_c, mean_u = mean.chunk(2)
-            mean = torch.lerp(mean_u, mean_c, guidance)
-        draw = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return mean + self.sigma * temperature * draw

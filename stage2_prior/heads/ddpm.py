@@ -15,7 +15,6 @@ Letters: M rows, C channels.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -91,46 +90,8 @@ def step_variances(t: float, s: float) -> tuple[float, float]:
     return beta, beta * sigma_s**2 / sigma**2
 
 
-class LearnedVariance(Spec, nn.Module):
-    """The variance of a step by the network: Nichol & Dhariwal 2021, section 3.1.
-
-    The network's second answer u says where the step's variance lies between the posterior's (u = -1) and the forward
-    step's (u = 1), in the logarithm (eq. 15). It learns from `weight` times the variational bound, whose mean is held
-    fixed, so that the bound moves u alone and the mean keeps its squared error (eq. 16).
-
-    Args:
-        levels: steps of the chain that the bound is of; as many as the sampler takes, since the best variance depends
-            on the length of a step. (The bound is per step: their L_vlb / `levels`.)
-        weight: of the bound, in nats per channel, against the squared error. Theirs, 0.001 x 1,000 steps, is 1.
-    """
-
-    def __init__(self, levels: int = 100, weight: float = 1.0):
-        super().__init__()
-        if levels < 2 or not weight > 0:
-            raise SamplerError(f"got levels={levels}, weight={weight}, wanted at least 2 levels and a weight above 0.")
-        self.levels, self.weight = levels, weight
-
-    def bound(self, x: Tensor, data: Tensor, u: Tensor, t: Tensor) -> Tensor:
-        """KL(q(x_s | x_t, x) || p(x_s | x_t)) in nats, of every channel.
-
-        x: the data (..., C); data: the network's estimate of it (no gradient reaches it); u (..., C); t (...) times.
-        The step from t is 1 / `levels` long, or half of what is left: the very last one injects nothing. Of the first
-        one the bound is 0: both variances are the same there, and a small error of a noise answer a large one of data.
-        """
-        t = t.unsqueeze(-1)
-        s = torch.maximum(t - 1 / self.levels, t / 2)
-        (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
-        # At t = 0 sigma is 0, and in float32 nearly so close to it.
-        beta = (1 - (alpha / alpha_s).square()).clamp(min=1e-8)
-        posterior = beta * (sigma_s / sigma.clamp(min=1e-4)).square().clamp(1e-8, 1.0)
-        log_ratio = (1 + u) / 2 * (beta / posterior).log()  # log of the model's variance over the posterior's
-        miss = alpha_s * beta / sigma.clamp(min=1e-4).square() * (x - data.detach())  # of the two means
-        kl = 0.5 * (log_ratio + (1 + miss.square() / posterior) * (-log_ratio).exp() - 1)
-        return torch.where(t <= 1 - 1 / self.levels, kl, 0.0)
-
-
 def ddpm(
-    denoise: Field | Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    denoise: Field,
     x: Tensor,
     grid: Grid,
     generator: torch.Generator | None = None,
@@ -140,18 +101,16 @@ def ddpm(
     """Ancestral steps (Ho et al. 2020, algorithm 2) between any two times of the grid.
 
     The injected variance lies between the posterior's (`variance` 0, too small for a wide target) and the forward
-    step's (1, too large for a narrow one), interpolated in its logarithm; a denoiser with a learned variance returns
-    (data, u) and says where itself (see `LearnedVariance`). The last step injects nothing.
+    step's (1, too large for a narrow one), interpolated in its logarithm. The last step injects nothing.
     """
     for t, s in pairwise(grid):
         (alpha, sigma), (alpha_s, sigma_s) = alpha_sigma_at(t), alpha_sigma_at(s)
-        found = denoise(x, t)
-        data, share = (found[0], (1 + found[1]) / 2) if isinstance(found, tuple) else (found, variance)
+        data = denoise(x, t)
         if s <= 0:
             return data
         beta, posterior = step_variances(t, s)
         x = alpha_s * beta / sigma**2 * data + alpha / alpha_s * sigma_s**2 / sigma**2 * x
-        std = posterior**0.5 * (beta / posterior) ** (share / 2)  # share: a number, or one for every channel
+        std = posterior**0.5 * (beta / posterior) ** (variance / 2)
         x = x + std * temperature * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return x
 

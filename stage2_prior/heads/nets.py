@@ -20,7 +20,7 @@ Letters: M rows, C latent channels, D condition width, w network width, T times.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,23 +69,23 @@ class HeadNet(Spec, nn.Module):
 
     Args:
         latent_dim, cond_dim, width, depth: C, D, w and the number of blocks.
-        answers: latent-sized vectors that the network gives, one behind the other; a learned variance needs a second.
     """
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int, answers: int = 1):
+    retired: ClassVar[dict[str, Any]] = {"answers": 1}
+
+    def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int):
         super().__init__()
         self.latent_dim, self.cond_dim, self.width, self.depth = latent_dim, cond_dim, width, depth
-        self.answers = answers
         self.embed = decayed(nn.Linear(latent_dim, width))
         self.blocks = nn.ModuleList(Branch(width) for _ in range(depth))
-        self.out = decayed(nn.Linear(width, answers * latent_dim))
+        self.out = decayed(nn.Linear(width, latent_dim))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def run(self, x: Tensor, modulation: Modulation) -> Tensor:
         for block, (scale, shift, gate) in zip(self.blocks, modulation.blocks, strict=True):
             x = torch.addcmul(x, gate, block(modulated(x, scale, shift)))  # (...,w)
-        return self.out(modulated(x, *modulation.last))  # (...,C), or (...,answers C)
+        return self.out(modulated(x, *modulation.last))  # (...,C)
 
     def time(self, t: Tensor) -> Tensor:
         """All that depends on t alone: t (...) -> (..., features of this network)."""
@@ -99,8 +99,8 @@ class HeadNet(Spec, nn.Module):
 class AdaLNNet(HeadNet):
     """Full adaLN of time and condition together."""
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3, answers: int = 1):
-        super().__init__(latent_dim, cond_dim, width, depth, answers)
+    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3):
+        super().__init__(latent_dim, cond_dim, width, depth)
         self.time_in, self.time_out = decayed(nn.Linear(TIME_FEATURES, width)), decayed(nn.Linear(width, width))
         self.cond_in = decayed(nn.Linear(cond_dim, width))
         self.modulate = nn.Linear(width, (3 * depth + 2) * width)
@@ -125,8 +125,8 @@ class TabulatedNet(HeadNet):
     The base of the two networks below, which differ in where the condition goes.
     """
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int, answers: int, cond_parts: int):
-        super().__init__(latent_dim, cond_dim, width, depth, answers)
+    def __init__(self, latent_dim: int, cond_dim: int, width: int, depth: int, cond_parts: int):
+        super().__init__(latent_dim, cond_dim, width, depth)
         self.time_in = decayed(nn.Linear(TIME_FEATURES, width))
         self.time_out = nn.Linear(width, (3 * depth + 2) * width)
         self.cond_in = decayed(nn.Linear(cond_dim, cond_parts * width))
@@ -144,8 +144,8 @@ class TabulatedNet(HeadNet):
 class HoistedNet(TabulatedNet):
     """Condition in every block: scale and shift are sums of time's and its own, the gate is time's."""
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3, answers: int = 1):
-        super().__init__(latent_dim, cond_dim, width, depth, answers, cond_parts=2 * depth + 3)
+    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3):
+        super().__init__(latent_dim, cond_dim, width, depth, cond_parts=2 * depth + 3)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         n = self.depth
@@ -161,8 +161,8 @@ class HoistedNet(TabulatedNet):
 class AddedConditionNet(TabulatedNet):
     """Condition added to the embedded latent and nowhere else; scale, shift and gate are time's."""
 
-    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3, answers: int = 1):
-        super().__init__(latent_dim, cond_dim, width, depth, answers, cond_parts=1)
+    def __init__(self, latent_dim: int, cond_dim: int, width: int = 160, depth: int = 3):
+        super().__init__(latent_dim, cond_dim, width, depth, cond_parts=1)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         parts = time.chunk(3 * self.depth + 2, dim=-1)  # each (...,w)

@@ -1,5 +1,19 @@
 """From noise to data along a field: one pure function per method, and a small module per method that holds its grid.
 
+Each is an argument of `Prior.sample` (`solver=AdamsBashforth(steps=4)`), of `predict` and of the sweep; a config may
+also give a head another default. E is evaluations of the field per latent, as the class comes:
+
+    class            order  E    when
+    Midpoint           2     8   the default: few evaluations and no shrinkage
+    AdamsBashforth     2    12   half of midpoint's cost a step: the best at 4 evaluations (README)
+    Heun               2    12   where fields of EDM's kind are compared
+    DPMSolver2M        2    12   linear in x between calls; for narrow targets
+    AMED             learned 4   distilled on one head (`heads.amed`)
+    MidTimeEuler       1    10   Euler without its shrinkage
+    Euler              1    50   the plain reference; shrinks samples when steps are few
+    EulerMaruyama      1    20   stochastic: temperature acts along the way
+    DDIM, DDPM         1  50, 100  of a DiffusionHead, and only of one: they ask for data (`heads.ddpm`)
+
 A field is `v = field(x, t)`: x (M, C), t a plain float that all rows share, v the velocity of stage1_tokenizer.flow
 (t = 0 data, t = 1 noise, so every method walks *down* a grid 1 = t_0 > t_1 > ... > t_n = 0). Since t is a float known
 beforehand, a network can tabulate all that depends on t alone: `Solver.times` lists the queries in order.
@@ -8,7 +22,7 @@ Choices, with reasons:
 * The default is midpoint x 4, eight evaluations, on t = 1 - (1-u)^1.5: near the data, where narrow dimensions are
   decided, steps are small, and the last interval ends on an evaluation at its middle instead of a jump to a mean.
   Few Euler steps shrink a sample; midpoint does not.
-* `steps` counts intervals, `evaluations` counts calls of the field, which is what a sample costs.
+* `steps` counts intervals, `num_evaluations` counts calls of the field, which is what a sample costs.
 * Temperature multiplies *every* normal draw, the first one included. On a Gaussian target each method here is linear
   in its draws, so the sample's spread is temperature times the target's, and its mean is untouched.
 
@@ -150,12 +164,12 @@ class Solver(Spec, nn.Module):
         return power_grid(self.steps, self.power)
 
     @property
-    def evaluations(self) -> int:
+    def num_evaluations(self) -> int:
         """Calls of the field for one sample."""
         return self.steps * self.per_step
 
     def times(self) -> list[float]:
-        """The times at which the field is asked, in order; found by asking, so it cannot disagree with the method."""
+        """The times at which the field is asked, in order; got by asking, so it cannot disagree with the method."""
         asked: list[float] = []
 
         def probe(x: Tensor, t: float) -> Tensor:
@@ -189,7 +203,7 @@ def check_solver(solver: Solver, asks: str, whose: str) -> None:
     if solver.asks != asks:
         raise SamplerError(
             f"got the solver {type(solver).__name__}, which asks for {solver.asks}, with a {whose}, which answers with"
-            f" {asks}; wanted a solver of stage2_prior.{'samplers' if asks == 'velocity' else 'diffusion'}."
+            f" {asks}; choose a solver for {asks}: see the table in stage2_prior/heads/solvers.py."
         )
 
 

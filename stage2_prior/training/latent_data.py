@@ -4,18 +4,18 @@ A captions file has one caption per line; blank lines and lines that start with 
 batch entry like those of the latent shards (`captions`, `keys`), so that `predict` needs to know only one kind.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.reading.datamodule import ImageDataModule, LatentDataModule, ShardDataModule
 from data.reading.order import spread_rows
 from data.schema import DataError
+from stage2_prior.captions import longest
 
-MAX_CAPTION_BYTES = 1_000_000
+MAX_CAPTION_BYTES = 64_000_000  # 30,000 captions of COCO are 1.7 million
 
 
 class CaptionBatches(Dataset[dict[str, Any]]):
@@ -66,13 +66,13 @@ def same_samples(
 ) -> dict[str, Any]:
     """The pictures of `held`, which is `of.arrays("val", limit)`. Raises DataError where they are of other samples."""
     rows = spread_rows(len(of.split("val")), limit)
-    found = images.samples("val", rows) if rows[-1] < len(images.split("val")) else {"keys": None}
-    if found["keys"] != held["keys"]:
+    samples = images.samples("val", rows) if rows[-1] < len(images.split("val")) else {"keys": None}
+    if samples["keys"] != held["keys"]:
         raise DataError(
             f"the latents in {of.data_dir} and the pictures in {images.data_dir} are of different samples; write the"
             " latents again with `python -m stage1_tokenizer predict`, or set images_dir"
         )
-    return found
+    return samples
 
 
 class PriorDataModule(CaptionSource, LatentDataModule):
@@ -125,37 +125,24 @@ class PriorImageModule(CaptionSource, ImageDataModule):
         self.captions_file = captions_file
 
 
-def longest(captions: list[str]) -> str:
-    """The caption that says most; of equally long ones the first; "" where there is none."""
-    return max(captions, key=len, default="")
-
-
-def askable(ask: Callable[[list[str], int], str], samples: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The samples of a batch that a prior can be asked for, as a batch, and what to ask.
-
-    ask: `Condition.ask`. Raises DataError where there are fewer than 8.
-    """
-    asked = [ask(captions, int(label)) for captions, label in zip(samples["captions"], samples["labels"], strict=True)]
-    rows = [i for i, caption in enumerate(asked) if caption.strip()]
-    if len(rows) < 8:
-        raise DataError(f"{len(rows)} of {len(asked)} held-out samples have a caption, wanted at least 8 to report on")
-    if len(rows) < len(asked):
-        samples = {n: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for n, v in samples.items()}
-    return samples, [asked[i] for i in rows]
-
-
 def read_captions(path: str) -> list[str]:
-    """The captions of a file. Raises DataError for a missing file, one that is not text, or one without a caption."""
+    """The captions of a file, read line by line.
+
+    Raises DataError for a missing file, one that is not text, is too large to be a list of captions, or holds none.
+    """
     file = Path(path)
     if not file.is_file():
         raise DataError(f"no captions file at {path}; write one caption per line into it, or name another")
     if file.stat().st_size > MAX_CAPTION_BYTES:
-        raise DataError(f"{path} has {file.stat().st_size} bytes, wanted at most {MAX_CAPTION_BYTES}; split the file")
+        raise DataError(
+            f"{path} has {file.stat().st_size} bytes, wanted at most {MAX_CAPTION_BYTES} (about a million captions);"
+            " name a text file with one caption per line"
+        )
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        with file.open(encoding="utf-8") as lines:
+            captions = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    captions = [line for line in lines if line and not line.startswith("#")]
     if not captions:
         raise DataError(f"{path} holds no caption; write one per line (lines with # are comments)")
     return captions

@@ -22,9 +22,10 @@ from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, planned_steps, warmup_flat_cosine
 from stage2_prior.base import LatentSpace, Prior, PriorError, Text, load_space
+from stage2_prior.captions import longest
 from stage2_prior.evaluation.generation import GenerationReport
 from stage2_prior.guidance import Guidance
-from stage2_prior.training.latent_data import CaptionSource, longest
+from stage2_prior.training.latent_data import CaptionSource
 from stage2_prior.variants.captioning import CaptioningPrior
 
 

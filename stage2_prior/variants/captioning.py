@@ -9,8 +9,6 @@ otherwise reading out would be copying.
 Letters: B batch, K latents, C latent channels, L caption tokens, D width, V rows of the vocabulary.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,14 +16,11 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import END, PAD, START, CaptionVocabulary
 from stage2_prior.backbone import Backbone
-from stage2_prior.base import Prior, PriorError, Text
+from stage2_prior.base import PriorError, Text
 from stage2_prior.conditions import WORD_STD, CaptionWords, Condition
 from stage2_prior.heads.base import Head
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line
 from stage2_prior.prior import CausalPrior
-from stage2_prior.training.latent_data import longest
-
-EXAMPLES = 10  # readings that a report shows
 
 
 class CaptioningPrior(CausalPrior):
@@ -95,6 +90,10 @@ class CaptioningPrior(CausalPrior):
         each = F.cross_entropy(logits.transpose(1, 2), target, ignore_index=PAD, reduction="none")  # (B,L-1)
         return each.sum(1) / (target != PAD).sum(1).clamp(min=1)
 
+    def figures(self, z: Tensor, text: Text) -> dict[str, Tensor]:
+        """`caption`: cross-entropy in nats per token."""
+        return {"caption": self.caption_losses(z, text)}
+
     def sequence(
         self, z: Tensor, ids: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +113,14 @@ class CaptioningPrior(CausalPrior):
     @torch.no_grad()
     def caption(self, z: Tensor) -> list[str]:
         """z (B,K,C) standardised -> the most likely caption of each line, word by word."""
+        with self.autocast():
+            return self.read_out(self.check_latents(z))
+
+    def read_out(self, z: Tensor) -> list[str]:
         length = self.vocabulary.context_length
         ids = torch.full((len(z), 1), START, device=z.device)
         generator = torch.Generator(device=z.device).manual_seed(0)  # of an order that varies
-        x, positions, mask = self.sequence(self.check_latents(z), ids, generator)
+        x, positions, mask = self.sequence(z, ids, generator)
         cache = self.backbone.new_cache(len(z), x.shape[1] + length)
         hidden = self.backbone(x, positions, mask, cache)[:, -1]
         for at in range(length - 1):
@@ -128,34 +131,3 @@ class CaptioningPrior(CausalPrior):
             token = self.words(word) + self.spoken
             hidden = self.backbone(token, positions[-1:] + at + 1, None, cache)[:, -1]
         return self.vocabulary.decode(ids)
-
-
-@torch.no_grad()
-def captioning_report(prior: Prior, z: Tensor, captions: list[list[str]], batch_size: int = 250) -> dict[str, Any]:
-    """How well a prior reads lines z (N,K,C) out, each with its captions; {} for a prior that does not read.
-
-    A reading is right if it is word for word one of the line's captions (as the vocabulary writes them); beside it, as
-    chance, how often it is one of the next line's. nats_per_token: cross-entropy of the longest caption.
-    """
-    if not isinstance(prior, CaptioningPrior):
-        return {}
-    vocabulary = prior.vocabulary
-    own = [set(vocabulary.decode(vocabulary.encode(c or [""])[0])) - {""} for c in captions]
-    read, nats = [], []
-    for lines, said in zip(z.split(batch_size), chunks(captions, batch_size), strict=True):
-        read += prior.caption(lines)
-        text = Text(*vocabulary.encode([longest(c) for c in said]))
-        nats.append(prior.caption_losses(lines, text).cpu())
-    right = [r in c for r, c in zip(read, own, strict=True)]
-    by_chance = [r in c for r, c in zip(read, own[1:] + own[:1], strict=True)]
-    return {
-        "lines": len(read),
-        "right": sum(right) / len(right),
-        "right_of_the_next_line": sum(by_chance) / len(by_chance),
-        "nats_per_token": torch.cat(nats).mean().item(),
-        "examples": read[:EXAMPLES],
-    }
-
-
-def chunks(rows: list[list[str]], size: int) -> list[list[list[str]]]:
-    return [rows[at : at + size] for at in range(0, len(rows), size)]

@@ -13,21 +13,23 @@ Letters: B batch, K latents, C latent channels, L caption tokens, D width, n lat
 """
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
-from stage2_prior.base import Prior, PriorError, Text
-from stage2_prior.cast_once import cast_once
-from stage2_prior.conditions import WORD_STD, Condition, WordSum, words_of
+from stage2_prior.base import Prior, PriorError, Request, Text
+from stage2_prior.conditions import WORD_STD, Condition, TrainingData, WordSum, words_of
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads.base import Head
-from stage2_prior.likelihood import flow_log_prob
+from stage2_prior.heads.solvers import Solver
 from stage2_prior.orders import LearnedOrder, RandomOrder, bidirectional_mask, gather_line
-from stage2_prior.prior import check_parts, flow_head, token_positions
+from stage2_prior.prior import check_density, check_parts, token_positions
 
 
 class MaskedPrior(Prior):
@@ -103,7 +105,6 @@ class MaskedPrior(Prior):
         return sizes
 
     @torch.no_grad()
-    @cast_once
     def sample(
         self,
         captions: list[str],
@@ -111,45 +112,71 @@ class MaskedPrior(Prior):
         steps: int | None = None,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        solver: Solver | None = None,
+        prefix: Tensor | None = None,
+        num_latents: int | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
-        """As `Prior.sample`; of a guidance schedule, a set takes the mean over its places in the order."""
-        text, scales, interval = self.guided_text(captions, guidance, temperature)
-        m, device, plan = len(captions), text.ids.device, self.head.plan(steps)
-        order = self.order.permutation(m, self.num_latents, device, generator)
-        z = torch.zeros(m, self.num_latents, self.latent_dim, device=device)
-        known = torch.zeros(m, self.num_latents, dtype=torch.bool, device=device)
-        twins = len(text.ids) // m
-        done = 0
-        for n in self.set_sizes():
-            chosen = order[:, done : done + n]  # (B,n)
-            rows = self.conditions(z.repeat(twins, 1, 1), known.repeat(twins, 1), text)
-            cond = gather_line(rows, chosen.repeat(twins, 1)).flatten(0, 1)  # (B n,D), then those of the twins
-            drawn = self.head.sample(
-                cond[: m * n],
-                cond[m * n :] if twins > 1 else None,
-                sum(scales[done : done + n]) / n,
-                interval=interval,
-                plan=plan,
-                temperature=temperature,
-                generator=generator,
-            )
-            z = z.scatter(1, chosen[..., None].expand(-1, -1, self.latent_dim), drawn.unflatten(0, (m, n)))
-            known = known.scatter(1, chosen, True)
-            done += n
-        return z
+        """As `Prior.sample`; of a guidance schedule, a set takes the mean over its places in the order.
 
-    @torch.no_grad()
-    def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
-        """As `Prior.log_prob`, of drawing one by one in the order of the line: K runs of the transformer.
+        known: (B,p) bool, True where a latent of `prefix` is given; the others are drawn like those behind it, so that
+        any part of a line can be filled in. None: all of the prefix is given.
+        """
+        request = self.request(captions, guidance, temperature, prefix, num_latents, known)
+        request.steps, request.solver, request.generator = steps, solver, generator
+        with self.autocast():
+            return self.draw(request)
+
+    def draw(self, ask: Request) -> Tensor:
+        m, n, device, plan = ask.captions, ask.num_latents, ask.text.ids.device, self.head.plan(ask.steps, ask.solver)
+        left = self.num_latents - ask.known.shape[1]
+        known = F.pad(ask.known, (0, left))  # (B,K)
+        z = F.pad(ask.prefix, (0, 0, 0, left)) * known[..., None]  # (B,K,C)
+        order = self.order.permutation(m, self.num_latents, device, ask.generator, cuts=(n,))
+        order = gather_line(
+            order, gather_line(~known, order).long().argsort(dim=1, stable=True)
+        )  # the given ones first
+        done, twins = int(known.sum(1).min()), len(ask.text.ids) // m
+        for end in self.set_ends():
+            chosen = order[:, done : min(end, n)]  # (B,s)
+            if not chosen.shape[1]:
+                continue
+            rows = self.conditions(z.repeat(twins, 1, 1), known.repeat(twins, 1), ask.text)
+            cond = gather_line(rows, chosen.repeat(twins, 1)).flatten(0, 1)  # (B s,D), then those of the twins
+            size = chosen.shape[1]
+            drawn = self.head.sample(
+                cond[: m * size],
+                cond[m * size :] if twins > 1 else None,
+                sum(ask.scales[done : done + size]) / size,
+                interval=ask.interval,
+                plan=plan,
+                temperature=ask.temperature,
+                generator=ask.generator,
+            ).unflatten(0, (m, size))
+            drawn = torch.where(known.gather(1, chosen)[..., None], gather_line(z, chosen), drawn)  # more given here
+            z = z.scatter(1, chosen[..., None].expand(-1, -1, self.latent_dim), drawn)
+            known = known.scatter(1, chosen, True)
+            done += size
+        return z[:, :n]
+
+    def set_ends(self) -> list[int]:
+        """How many latents are known after every set."""
+        return list(accumulate(self.set_sizes()))
+
+    def score(self, z: Tensor, text: Text, steps: int) -> Tensor:
+        """Of drawing one by one in the order of the line: K runs of the transformer.
 
         Other orders and larger sets are other factorisations, whose densities differ by what the network gets wrong.
         """
-        head = flow_head(self.head)
-        z, text = self.check_pairs(z, captions)
+        check_density(self.head)
         at = torch.arange(self.num_latents, device=z.device)
         rows = [self.conditions(z, (at < i).expand(len(z), -1), text)[:, i] for i in range(self.num_latents)]
         cond = torch.stack(rows, dim=1).flatten(0, 1)  # (B K,D)
-        return flow_log_prob(head, cond, z.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])  # (B,K)
+        return self.head.log_prob(cond, z.flatten(0, 1).float(), steps).unflatten(0, z.shape[:2])  # (B,K)
 
-    def evaluations(self, steps: int | None = None) -> int:
-        return self.head.plan(steps).evaluations
+    def num_evaluations(self, steps: int | None = None, solver: Solver | None = None) -> int:
+        return self.head.plan(steps, solver).num_evaluations
+
+    def prepare(self, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> str:
+        self.head.prepare(data, tokenizer)
+        return super().prepare(data, tokenizer)

@@ -14,6 +14,8 @@ the whole transformer once per solver step instead of a small head, so it is kep
 Letters: B batch, K latents, C latent channels, L caption tokens, D width, S copies of each latent.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,10 +24,9 @@ from stage1_tokenizer.flow import interpolate, logit_normal_times, velocity
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
-from stage2_prior.base import Prior, PriorError, Text
-from stage2_prior.cast_once import cast_once
-from stage2_prior.conditions import WORD_STD, Condition, words_of
-from stage2_prior.guidance import Guidance
+from stage2_prior.base import Prior, PriorError, Request, Text
+from stage2_prior.conditions import WORD_STD, Condition, TrainingData, words_of
+from stage2_prior.heads.base import refuse_symbols
 from stage2_prior.heads.nets import TIME_FEATURES, time_features
 from stage2_prior.heads.solvers import Midpoint, Solver, check_solver
 from stage2_prior.likelihood import half_step_times, ode_log_prob
@@ -102,48 +103,46 @@ class NoiseExtendedPrior(Prior):
         v = self.velocities(z, x_t, t, self.drop_captions(text, generator))
         return (v - velocity(z[:, None], noise)).square().mean(dim=(1, -1))  # (B,K)
 
-    @torch.no_grad()
-    @cast_once
-    def sample(
-        self,
-        captions: list[str],
-        guidance: float | Guidance = 2.0,
-        steps: int | None = None,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        text, scales, interval = self.guided_text(captions, guidance, temperature)
-        solver = self.solver if steps is None else self.solver.with_evaluations(steps)
-        m, rows, n_words = len(captions), len(text.ids), text.ids.shape[1]
-        device = text.ids.device
+    def draw(self, ask: Request) -> Tensor:
+        solver = self.chosen(ask.steps, ask.solver)
+        m, rows, n_words, device = ask.captions, len(ask.text.ids), ask.text.ids.shape[1], ask.text.ids.device
+        p, scales = ask.prefix.shape[1], ask.scales
         positions = token_positions(n_words, self.words.context_length, self.num_latents, device)
         # The first L+K rows and columns are the clean tokens'.
-        mask = noise_extended_mask(text.text_mask, self.num_latents, 1)
+        mask = noise_extended_mask(ask.text.text_mask, self.num_latents, 1)
         cache = self.backbone.new_cache(rows, n_words + self.num_latents + 1)
-        self.backbone(self.words(text.ids), positions[:n_words], mask[:, :, :n_words, :n_words], cache)
-        line: list[Tensor] = []
-        for i in range(self.num_latents):
+
+        def read(tokens: Tensor) -> None:
+            """Words or clean latents (R,n,D), behind those already there."""
+            start, end = cache.length, cache.length + tokens.shape[1]
+            self.backbone(tokens, positions[start:end], mask[:, :, start:end, :end], cache)
+
+        def clean(z: Tensor) -> Tensor:
+            return self.latent_in(z).to(self.kind.dtype).repeat(rows // m, 1, 1)  # (R,n,D)
+
+        read(self.words(ask.text.ids))
+        line = list(ask.prefix.unbind(1))
+        if p:
+            read(clean(ask.prefix))
+        for i in range(p, ask.num_latents):
             at = n_words + i
             sees_clean = mask[:, :, at : at + 1, : at + 1]  # words, clean latents before i, and the token itself
 
             def field(x: Tensor, t: float, i: int = i, at: int = at, sees: Tensor = sees_clean) -> Tensor:
-                guided = rows > m and scales[i] != 1 and interval[0] <= t <= interval[1]
+                guided = rows > m and scales[i] != 1 and ask.interval[0] <= t <= ask.interval[1]
                 active = rows if guided else m
                 token = self.copy_tokens(x, torch.full((m,), t, device=device)).repeat(active // m, 1)[:, None]
                 h = self.backbone(token, positions[at : at + 1], sees[:active], cache.keep_rows(active))[:, 0]
                 v = self.out(h).float()  # the copy's keys stay behind the cache's length and are overwritten
                 return torch.lerp(v[m:], v[:m], scales[i]) if guided else v
 
-            noise = torch.randn(m, self.latent_dim, generator=generator, device=device) * temperature
-            z_i = solver(field, noise, generator, temperature)
-            line.append(z_i)
-            clean = self.latent_in(z_i).to(self.kind.dtype).repeat(rows // m, 1)[:, None]
-            self.backbone(clean, positions[at : at + 1], sees_clean, cache)
-        return torch.stack(line, dim=1)  # (B,K,C)
+            noise = torch.randn(m, self.latent_dim, generator=ask.generator, device=device) * ask.temperature
+            line.append(solver(field, noise, ask.generator, ask.temperature))
+            read(clean(line[-1][:, None]))
+        return torch.stack(line, dim=1)  # (B,n,C)
 
-    def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor:
-        """As `Prior.log_prob`. A copy's velocity depends on no other copy: all latents go through the ODE at once."""
-        z, text = self.check_pairs(z, captions)
+    def score(self, z: Tensor, text: Text, steps: int) -> Tensor:
+        """A copy's velocity depends on no other copy: all latents go through the ODE at once."""
         times = half_step_times(steps)
 
         def field(x: Tensor, i: int) -> Tensor:
@@ -152,6 +151,16 @@ class NoiseExtendedPrior(Prior):
 
         return ode_log_prob(field, z.float(), steps)  # (B,K)
 
-    def evaluations(self, steps: int | None = None) -> int:
+    def chosen(self, steps: int | None, solver: Solver | None) -> Solver:
+        """The solver of a sample. Raises SamplerError for one of a diffusion, or steps that it cannot take."""
+        chosen = self.solver if solver is None else solver
+        check_solver(chosen, "velocity", type(self).__name__)
+        return chosen if steps is None else chosen.with_evaluations(steps)
+
+    def prepare(self, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> str:
+        refuse_symbols(type(self).__name__, data, tokenizer)
+        return super().prepare(data, tokenizer)
+
+    def num_evaluations(self, steps: int | None = None, solver: Solver | None = None) -> int:
         """Evaluations of the whole transformer per latent, without the run that reads the drawn one, as elsewhere."""
-        return (self.solver if steps is None else self.solver.with_evaluations(steps)).evaluations
+        return self.chosen(steps, solver).num_evaluations

@@ -6,7 +6,7 @@ guided: that head's time tabulated and its condition in every block, or added on
 Adams-Bashforth x 4 (4 evaluations), against 100 ancestral steps with full adaLN. The slow one is timed on lines of 1
 and of `--latents` latents: each further latent costs what the difference says. CPU time of the process is printed
 beside wall time, because a shared machine stretches only the latter. Weights are held in the format of the products
-(`cast_weights`) for all. Head FLOPs are counted.
+(`Prior.hold`) for all. Head FLOPs are counted.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from stage1_tokenizer.precision import matmul_dtype
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import RotaryBackbone
-from stage2_prior.cast_once import cast_weights
-from stage2_prior.heads.base import FlowHead, Head
+from stage2_prior.heads.base import Head
 from stage2_prior.heads.ddpm import DDPM
 from stage2_prior.heads.diffusion import DiffusionHead
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import AdaLNNet, AddedConditionNet, HoistedNet
 from stage2_prior.heads.solvers import AdamsBashforth, Midpoint
 from stage2_prior.prior import CausalPrior
@@ -42,11 +42,11 @@ def timed(prior: CausalPrior, batch: int) -> tuple[float, float]:
     """(wall, CPU) seconds of one call, the better of two."""
     dtype = matmul_dtype(torch.device("cpu"))
     found = []
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), cast_weights(prior):
-        for _ in range(2):
-            wall, cpu = time.perf_counter(), time.process_time()
-            prior.sample([CAPTION] * batch, guidance=2.0)
-            found.append((time.perf_counter() - wall, time.process_time() - cpu))
+    prior.hold(dtype)
+    for _ in range(2):
+        wall, cpu = time.perf_counter(), time.process_time()
+        prior.sample([CAPTION] * batch, guidance=2.0)
+        found.append((time.perf_counter() - wall, time.process_time() - cpu))
     return min(found)
 
 

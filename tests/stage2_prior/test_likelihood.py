@@ -10,7 +10,8 @@ from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.backbone import Backbone
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
-from stage2_prior.heads.base import FlowHead, MSEHead
+from stage2_prior.heads.flow import FlowHead
+from stage2_prior.heads.mse import MSEHead
 from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.likelihood import half_step_times, ode_log_prob
 from stage2_prior.orders import LearnedOrder, RandomOrder, ReversedOrder
@@ -125,10 +126,10 @@ def test_heads_without_a_density_are_refused_and_named(kind: type[Prior]) -> Non
     prior = make(kind)
     prior.head = MSEHead(1, D)  # type: ignore[assignment]
     z = torch.zeros(3, K, 1)
-    with pytest.raises(PriorError, match="wanted a FlowHead"):
+    with pytest.raises(PriorError, match="such as FlowHead"):
         prior.log_prob(z, CAPTIONS)
-    assert "wanted a FlowHead" in likelihood_report(prior, z, CAPTIONS)["skipped"]
-    assert "wanted a FlowHead" in classification_report(prior, z, CAPTIONS, 2)["skipped"]
+    assert "such as FlowHead" in likelihood_report(prior, z, CAPTIONS)["skipped"]
+    assert "such as FlowHead" in classification_report(prior, z, CAPTIONS, 2)["skipped"]
 
 
 class Knows:

@@ -7,7 +7,8 @@ from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.backbone import Backbone, RotaryBackbone
 from stage2_prior.guidance import FallingGuidance, Guidance, RisingGuidance
-from stage2_prior.heads.base import FlowHead, MSEHead
+from stage2_prior.heads.flow import FlowHead
+from stage2_prior.heads.mse import MSEHead
 from stage2_prior.heads.nets import AdaLNNet, HoistedNet
 from stage2_prior.prior import PriorError
 from stage2_prior.training.lit_prior import LitPrior

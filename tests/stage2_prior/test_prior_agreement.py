@@ -10,15 +10,15 @@ from data.schema import DataError
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior
 from stage2_prior.backbone import Backbone, RotaryBackbone
+from stage2_prior.captions import askable
 from stage2_prior.conditions import CaptionWords, ClassCondition, ConditionError, NoCondition
 from stage2_prior.evaluation.sweep import schedule_of, solvers_of
 from stage2_prior.guidance import FallingGuidance, Guidance, RisingGuidance
-from stage2_prior.heads.base import FlowHead
 from stage2_prior.heads.ddpm import DDIM, DDPM
 from stage2_prior.heads.diffusion import DiffusionHead
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.heads.solvers import AdamsBashforth, Euler, Midpoint, SamplerError
-from stage2_prior.training.latent_data import askable
 from stage2_prior.variants.masked import MaskedPrior
 from stage2_prior.variants.noise_extended import NoiseExtendedPrior
 from tests.tiny import CAPTIONS, awaken

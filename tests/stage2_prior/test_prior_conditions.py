@@ -17,7 +17,7 @@ from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.backbone import Backbone
 from stage2_prior.conditions import ClassCondition, Condition, ConditionError, NoCondition, TextTowerCondition
-from stage2_prior.heads.base import FlowHead
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.prior import PriorError
 from stage2_prior.variants.captioning import CaptioningPrior

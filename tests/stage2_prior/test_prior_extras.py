@@ -13,14 +13,17 @@ from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 from stage2_prior import Prior
 from stage2_prior.backbone import Backbone
-from stage2_prior.heads.amed import AMED, fit_amed, main as amed_main
-from stage2_prior.heads.base import FlowHead, HeadError
+from stage2_prior.evaluation.captioning_report import captioning_report
+from stage2_prior.heads.amed import AMED, fit_amed
+from stage2_prior.heads.base import HeadError
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.heads.solvers import Midpoint
 from stage2_prior.likelihood import caption_log_prob
 from stage2_prior.orders import LearnedOrder, RandomOrder
 from stage2_prior.prior import CausalPrior, PriorError
-from stage2_prior.variants.captioning import CaptioningPrior, captioning_report
+from stage2_prior.training.distil import main as distil_main
+from stage2_prior.variants.captioning import CaptioningPrior
 
 K, C, D = 4, 2, 32
 CAPTIONS = ["a red circle", "a large blue square", "a cross above a small green star", "a yellow star"]
@@ -180,16 +183,16 @@ def test_a_distilled_solver_ends_nearer_to_many_steps_than_midpoint(taught: Capt
             writer.write(f"{i:02d}", codes()[i % 4] + 0.2 * torch.randn(K, C), torch.zeros(K, C), [CAPTIONS[i % 4]], {})
     write_latent_manifest(tmp_path / "latents", K, C, "fedcba9876543210")
     with pytest.raises(PriorError, match="other weights or statistics"):
-        amed_main(["--run_dir", str(tmp_path)])
+        distil_main(["--run_dir", str(tmp_path)])
     write_latent_manifest(tmp_path / "latents", K, C, "0123456789abcdef")
-    command = [sys.executable, "-m", "stage2_prior.heads.amed", "--run_dir", str(tmp_path), "--steps", "4"]
+    command = [sys.executable, "-m", "stage2_prior.training.distil", "--run_dir", str(tmp_path), "--steps", "4"]
     command += ["--guidances", "1", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = Prior.from_pretrained(tmp_path / "prior_amed")
     assert isinstance(loaded, CaptioningPrior) and isinstance(loaded.head, FlowHead)
     amed = loaded.head.solver
-    assert isinstance(amed, AMED) and amed.evaluations == loaded.evaluations() == 4
+    assert isinstance(amed, AMED) and amed.num_evaluations == loaded.num_evaluations() == 4
     assert loaded.sample(CAPTIONS).shape == (4, K, C)
     text = loaded.encode_text(CAPTIONS)
     nobody = loaded.without_caption(text, torch.ones(len(CAPTIONS), dtype=torch.bool))

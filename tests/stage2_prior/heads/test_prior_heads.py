@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.flow import interpolate, stratified_uniform, velocity
-from stage2_prior.heads.base import CleanOutput, FlowHead, Head, HeadError, MSEHead, NoiseOutput, VelocityOutput
+from stage2_prior.heads.base import Head, HeadError
 from stage2_prior.heads.ddpm import DDPM, alpha_sigma
 from stage2_prior.heads.diffusion import DiffusionHead
+from stage2_prior.heads.flow import CleanOutput, FlowHead, NoiseOutput, VelocityOutput
+from stage2_prior.heads.mse import MSEHead
 from stage2_prior.heads.nets import AdaLNNet, AddedConditionNet, HeadNet, HoistedNet
 from stage2_prior.heads.solvers import Midpoint
-from stage2_prior.likelihood import flow_log_prob
 from tests.toys import TOYS, draw, rows, toy, train
 
 
@@ -101,10 +102,10 @@ def test_likelihood_is_that_of_a_known_density(flow: Head) -> None:
     x = toy("narrow", 300, g)
     e = x @ turn.T / torch.tensor([1.5, 0.15])
     exact = -0.5 * e.square().sum(1) - math.log(2 * math.pi) - math.log(1.5 * 0.15)
-    found = flow_log_prob(flow, rows(index, 300), x, 16)
+    found = flow.log_prob(rows(index, 300), x, 16)
     assert (found - exact).abs().mean() < 0.2 and abs((found - exact).mean().item()) < 0.1
-    assert (flow_log_prob(flow, rows(index, 300), x, 8) - found).abs().mean() < 0.05  # the solver's own error
-    assert flow_log_prob(flow, rows(index, 1), torch.tensor([[3.0, -3.0]]), 16) < -20  # control
+    assert (flow.log_prob(rows(index, 300), x, 8) - found).abs().mean() < 0.05  # the solver's own error
+    assert flow.log_prob(rows(index, 1), torch.tensor([[3.0, -3.0]]), 16) < -20  # control
 
 
 # -- without training -------------------------------------------------------------------------------------------------
@@ -133,9 +134,9 @@ def test_likelihood_of_the_exact_field_is_exact() -> None:
     head, x = FlowHead(Exact(0.4)), torch.randn(50, 2)
     cond = torch.randn(50, 2)
     exact = -0.5 * ((x - cond) / 0.4).square().sum(1) - 2 * math.log(0.4) - math.log(2 * math.pi)
-    errors = [(flow_log_prob(head, cond, x, steps) - exact).abs().max().item() for steps in (8, 16)]
+    errors = [(head.log_prob(cond, x, steps) - exact).abs().max().item() for steps in (8, 16)]
     assert errors[1] < 0.02 and errors[1] < errors[0] / 6  # fourth order
-    assert (flow_log_prob(FlowHead(Exact(0.5)), cond, x, 16) - exact).abs().mean() > 0.1  # control
+    assert (FlowHead(Exact(0.5)).log_prob(cond, x, 16) - exact).abs().mean() > 0.1  # control
 
 
 def test_guidance_is_the_guided_ode_and_not_a_product_of_densities() -> None:

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone, Cache
-from stage2_prior.heads.base import FlowHead
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import HeadNet
 from stage2_prior.heads.solvers import Euler, EulerMaruyama, Midpoint, Solver
 from stage2_prior.prior import CausalPrior

@@ -205,8 +205,8 @@ def test_evaluations_are_counted_right(solver: Solver) -> None:
         return -x
 
     solver(field, noise(4, 2), torch.Generator())
-    assert calls == solver.times() and len(calls) == solver.evaluations
-    assert solver.with_evaluations(12).evaluations == 12
+    assert calls == solver.times() and len(calls) == solver.num_evaluations
+    assert solver.with_evaluations(12).num_evaluations == 12
     assert solver.grid()[0] == 1.0 and solver.grid()[-1] == 0.0
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.flow import logit_normal_times, stratified_uniform
-from stage2_prior.heads.base import FlowHead
 from stage2_prior.heads.diffusion import DiffusionHead
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import AdaLNNet
 
 

@@ -12,7 +12,7 @@ from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_
 from stage2_prior import Prior
 from stage2_prior.backbone import Backbone
 from stage2_prior.guidance import Guidance, RisingGuidance
-from stage2_prior.heads.base import FlowHead
+from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.heads.solvers import Midpoint
 from stage2_prior.orders import (
@@ -119,7 +119,7 @@ def test_noise_extended_sampling_with_the_cache_equals_the_parallel_forward(guid
 
     prior.solver = Recording(steps=2)
     z = prior.sample(CAPTIONS, guidance, generator=torch.Generator().manual_seed(1))
-    calls = prior.solver.evaluations
+    calls = prior.solver.num_evaluations
     x_t = torch.stack([x for x, _, _ in asked], 1).unflatten(1, (K, calls)).transpose(1, 2)  # (B,S,K,C)
     t = torch.tensor([t for _, t, _ in asked]).view(K, calls).T.expand(3, -1, -1)  # (B,S,K)
     text = prior.encode_text(CAPTIONS)
@@ -305,7 +305,7 @@ def test_every_prior_keeps_the_contract(make, tmp_path) -> None:  # type: ignore
     assert torch.equal(draw(CAPTIONS, 0.0), draw(["a cross"] * 3, 0.0))
     assert not torch.equal(draw(CAPTIONS, 1.0), draw(["a cross"] * 3, 1.0))
     assert prior.losses(z, prior.encode_text(CAPTIONS)).shape == (3, K)
-    assert prior.evaluations() == 8 and prior.evaluations(4) == 4
+    assert prior.num_evaluations() == 8 and prior.num_evaluations(4) == 4
     prior.save_pretrained(tmp_path)
     loaded = Prior.from_pretrained(tmp_path)
     assert torch.equal(loaded.sample(CAPTIONS, 2.0, generator=torch.Generator().manual_seed(1)), z)
