@@ -13,11 +13,15 @@ K, C, D = 6, 4, 32
 CAPTIONS = ["a red circle", "a large blue square above a small green star", "a cross"]
 
 
-def parts(k: int = K, c: int = C, width: int = D, depth: int = 2) -> tuple[CaptionVocabulary, Backbone, Head]:
+def parts(
+    k: int = K, c: int = C, width: int = D, depth: int = 2, tokens: int = 0
+) -> tuple[CaptionVocabulary, Backbone, Head]:
+    """Vocabulary, transformer and head that fit each other; `tokens`: room for more than caption and line."""
     torch.manual_seed(0)
     vocabulary = CaptionVocabulary(rows=64, context_length=12)
     vocabulary.fit(CAPTIONS)
-    return vocabulary, Backbone(width, depth, heads=2, max_tokens=12 + k), FlowHead(HoistedNet(c, width, 24, 2))
+    backbone = Backbone(width, depth, heads=2, max_tokens=12 + k + tokens)
+    return vocabulary, backbone, FlowHead(HoistedNet(c, width, 24, 2))
 
 
 def awake(prior: Prior) -> Prior:

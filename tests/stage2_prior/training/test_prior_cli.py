@@ -211,7 +211,7 @@ def test_a_prior_without_a_density_says_so(run_dir: Path, tmp_path: Path, monkey
     page = report.write(prior, tokenizer, data, tmp_path).read_text()
     metrics = json.loads((tmp_path / "generation" / "metrics.json").read_text())
     for part in ("nll", "classification_by_likelihood"):
-        assert "got a MSEHead, wanted a FlowHead" in metrics[part]["skipped"]
+        assert "got a MSEHead for log_prob, wanted a head with a density" in metrics[part]["skipped"]
     assert "got a MSEHead" in page
 
 
