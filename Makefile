@@ -12,7 +12,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 help:
 	@echo "make setup      environment in $(VENV), with the tested versions"
 	@echo "make demo       scenes, tokenizer, prior and both reports, in runs/demo"
-	@echo "make text-cost  the demo's tokenizer again without text losses: its report then shows what they cost"
+	@echo "make text-cost  the demo's tokenizer again without text losses, and what these cost"
 	@echo "make reading    does learning to draw help learning to read? Four priors on the demo's latents, compared (40 min)"
 	@echo "make test       the whole test suite"
 	@echo "make bench      speed of encoding, decoding, training steps and sampling"
@@ -34,15 +34,14 @@ demo: setup
 	python -m stage1_tokenizer predict --config configs/stage1/demo.yaml
 	python -m stage2_prior fit --config configs/stage2/demo.yaml --overwrite true
 	python -m stage2_prior test --config configs/stage2/demo.yaml
-	python -m stage2_prior.evaluation.summary runs/demo
 
-# The same run without text losses, then the demo's reconstruction report again, beside it.
+# The same run without text losses, and its figures beside the demo's.
 NO_TEXT = --config configs/stage1/demo.yaml --config configs/variants/no_text.yaml \
 	--run_dir runs/demo_no_text --data.data_dir runs/demo/data
 text-cost: setup
 	python -m stage1_tokenizer fit $(NO_TEXT) --overwrite true
 	python -m stage1_tokenizer test $(NO_TEXT)
-	python -m stage1_tokenizer test --config configs/stage1/demo.yaml --model.baseline_metrics runs/demo_no_text/reconstruction/metrics.json
+	python -m stage2_prior.evaluation.compare --out runs/text_cost --runs text runs/demo --runs no_text runs/demo_no_text
 
 # Does learning to draw help learning to read? One prior that does both, one that only reads (as many steps, and as much time), and
 # one that draws the line backwards; three seeds of each with SEEDS="0 1 2". Needs what `make demo` leaves behind.

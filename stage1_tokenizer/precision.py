@@ -1,4 +1,4 @@
-"""Which number format the matrix products of this machine are fast in.
+"""Which device a command computes on, and which number format its matrix products are fast in.
 
 bfloat16 halves the time of a step where the processor multiplies it natively, and multiplies it where it does not
 (the products are then emulated), so the choice is made from what the hardware says and never from its name.
@@ -20,3 +20,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def matmul_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where `device` multiplies it natively, float32 elsewhere."""
     return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
+def default_device() -> str:
+    """`cuda` where there is one, `cpu` elsewhere: the default of commands that have a --device."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,6 @@ the distance between two sets of real pictures of that size.
 Letters: N and M pictures, D features.
 """
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -137,13 +136,3 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[f
 def _inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
     radius = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values  # + 1: a point is its own nearest
     return (torch.cdist(points, manifold) <= radius[None]).any(dim=1).double().mean().item()
-
-
-def collect_features(
-    extract: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device | str = "cpu"
-) -> Tensor:
-    """Features (N, D) on the CPU of pictures that come in batches (B, 3, H, W)."""
-    parts = [extract(images.to(device)).float().cpu() for images in batches]
-    if not parts:
-        raise ValueError("got no pictures to take features of, wanted at least one batch")
-    return torch.cat(parts)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stage1_tokenizer.evaluation.image_metrics import similarities
+from stage1_tokenizer.evaluation.retrieval import similarities
 
 TEXT_BATCH = 256
 CAPTIONS_PER_CLASS = 50

@@ -1,8 +1,10 @@
-"""The part of the reconstruction report that needs words: what a prefix of latents says about the picture's caption.
+"""The part of the reconstruction report that needs words: what a prefix of latents holds of the picture's caption.
 
 Retrieval among held-out captions and zero-shot classes use the space that pictures and captions share. A tokenizer that
 was also trained to write captions (`PrefixCaptioner`) is asked for the likelihood of the true one, and for its own.
-Every kind of caption is measured by itself: a short one says less, and is shared by more pictures.
+Every kind of caption is measured by itself: a short one names less, and is shared by more pictures.
+
+Letters: N pictures, K latents, C channels, k prefix length, P vectors of a prefix, E width of an embedding.
 """
 
 import math
@@ -13,7 +15,6 @@ import torch
 from torch import Tensor
 
 from data.reading.order import spread_rows
-from stage1_tokenizer.evaluation.image_metrics import retrieval
 from stage1_tokenizer.evaluation.probes import (
     class_prompts,
     embed_captions,
@@ -21,6 +22,7 @@ from stage1_tokenizer.evaluation.probes import (
     nearest_captions,
     zero_shot,
 )
+from stage1_tokenizer.evaluation.retrieval import retrieval
 from stage1_tokenizer.prefixes import keep_mask
 from stage1_tokenizer.text.supervision import PrefixText
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -31,7 +33,11 @@ BATCH = 250
 
 
 def text_metrics(
-    tokenizer: Tokenizer, held_out: Mapping[str, Any], train: Mapping[str, Any], lengths: Sequence[int]
+    tokenizer: Tokenizer,
+    z: Tensor,
+    held_out: Mapping[str, Any],
+    train: Mapping[str, Any],
+    lengths: Sequence[int],
 ) -> dict[str, Any]:
     """Entries `retrieval`, `captions_read`, `zero_shot` (labelled pictures), `caption_bits` (with a captioner).
 
@@ -40,37 +46,28 @@ def text_metrics(
 
     Args:
         tokenizer: with a text part.
-        held_out: z (N, K, C), captions, attributes and labels of the held-out pictures.
+        z: (N, K, C) latents of the held-out pictures.
+        held_out: captions, attributes and labels of the held-out pictures.
         train: captions and labels of training pictures, which name the classes.
         lengths: prefix lengths.
     """
     chosen = spread_rows(len(held_out["captions"]), NUM_CAPTIONS)
     captions = [held_out["captions"][i] for i in chosen]
-    z = held_out["z"].to(tokenizer.latent_mean.device)
-    text = tokenizer.text_part()
-    competing = {k: text.competing(k) for k in lengths}
-    single = embed_prefixes(tokenizer, z, sorted({n for together in competing.values() for n in together}))
-    prefixes = {k: torch.stack([single[n] for n in together], dim=1) for k, together in competing.items()}  # (N, P, E)
-    few = {k: vectors[chosen] for k, vectors in prefixes.items()}
     kinds = {
         name: [texts[index] for texts in captions]
         for index, name in enumerate(_kinds(captions, is_scene=any(held_out["attributes"])))
     }
+    z, text = z.to(tokenizer.latent_mean.device), tokenizer.text_part()
+    prefixes = _prefix_vectors(tokenizer, z, lengths)
+    few = {k: vectors[chosen] for k, vectors in prefixes.items()}
     embedded = {name: embed_captions(tokenizer, texts) for name, texts in kinds.items()}
     metrics: dict[str, Any] = {"retrieval": {"n": len(captions)}, "text_lengths": text.lengths}
     for name, texts in kinds.items():
-        by_k = {k: retrieval(vectors, embedded[name], texts, texts) for k, vectors in few.items()}
-        metrics["retrieval"][name] = {
-            "distinct": len(set(texts)),
-            "chance": by_k[lengths[0]].chance,
-            "recall": {k: found.recall for k, found in by_k.items()},
-            "bits": {k: found.bits for k, found in by_k.items()},
-            "most_bits": by_k[lengths[0]].most_bits,
-        }
+        metrics["retrieval"][name] = _retrieval(few, embedded[name], texts)
     last = list(kinds)[-1]  # of scenes the long caption, which names everything
     nearest = nearest_captions(few, embedded[last], kinds[last], NUM_EXAMPLES)
     metrics["captions_read"] = [
-        {"caption": caption, "nearest": found} for caption, found in zip(kinds[last], nearest, strict=False)
+        {"caption": caption, "nearest": by_k} for caption, by_k in zip(kinds[last], nearest, strict=False)
     ]
     if int(train["labels"].min()) >= 0:
         prompts = class_prompts(train["captions"], train["labels"].tolist())
@@ -83,6 +80,26 @@ def text_metrics(
         ):
             item["written"] = written
     return metrics
+
+
+def _prefix_vectors(tokenizer: Tokenizer, z: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+    """k -> (N, P, E): the P vectors that compete for the caption where the first k latents are given."""
+    competing = {k: tokenizer.text_part().competing(k) for k in lengths}
+    single = embed_prefixes(tokenizer, z, sorted({n for together in competing.values() for n in together}))
+    return {k: torch.stack([single[n] for n in together], dim=1) for k, together in competing.items()}
+
+
+def _retrieval(prefixes: Mapping[int, Tensor], embedded: Tensor, texts: Sequence[str]) -> dict[str, Any]:
+    """Recall and bits by k of one kind of caption, embedded as (N, E), with what chance gives and what there is."""
+    by_k = {k: retrieval(vectors, embedded, texts, texts) for k, vectors in prefixes.items()}
+    any_length = next(iter(by_k.values()))
+    return {
+        "distinct": len(set(texts)),
+        "chance": any_length.chance,
+        "recall": {k: result.recall for k, result in by_k.items()},
+        "bits": {k: result.bits for k, result in by_k.items()},
+        "most_bits": any_length.most_bits,
+    }
 
 
 @torch.inference_mode()

@@ -4,7 +4,6 @@ fit: trains a `Tokenizer` on image shards, then exports it (with latent statisti
 `run_dir/tokenizer`. test: the reconstruction report. predict: latent shards for stage 2.
 """
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from data.reading.latents import LatentShardWriter, Origin, begin_latents, finished_shards, write_latent_manifest
-from stage1_tokenizer.evaluation.classifier import draw_training
 from stage1_tokenizer.evaluation.image_metrics import psnr
+from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage1_tokenizer.text.open_clip_tower import OpenClipTower
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.adversarial import AdversarialLoss
@@ -44,7 +43,6 @@ class LitTokenizer(pl.LightningModule):
         statistics_images: training images that the latent statistics are computed from.
         linear_path_images: training images that a linear path is computed from.
         report_images: held-out images that `test` reports on.
-        baseline_metrics: metrics.json of the same run without text losses, to report what they cost; None for none.
         image_losses: losses between full-length reconstructions and pictures, besides the decoder's own.
         adversarial: a discriminator to play against; None for none.
         accumulate: batches whose gradients make one step, with `adversarial`; without it the trainer's
@@ -71,7 +69,6 @@ class LitTokenizer(pl.LightningModule):
         statistics_images: int = 20_000,
         linear_path_images: int = 20_000,
         report_images: int = 2_000,
-        baseline_metrics: str | None = None,
         image_losses: list[ImageLoss] | None = None,
         adversarial: AdversarialLoss | None = None,
         accumulate: int = 1,
@@ -89,7 +86,6 @@ class LitTokenizer(pl.LightningModule):
         self.long_captions, self.statistics_images = long_captions, statistics_images
         self.captions_by_length = captions_by_length
         self.linear_path_images, self.report_images = linear_path_images, report_images
-        self.baseline_metrics = baseline_metrics
         self.image_losses, self.adversarial = nn.ModuleList(image_losses or []), adversarial
         self.automatic_optimization = adversarial is None  # two optimisers take turns: see training_step
         if accumulate < 1 or (accumulate > 1 and adversarial is None):
@@ -290,16 +286,12 @@ class LitTokenizer(pl.LightningModule):
         if not self.trainer.is_global_zero:  # the report reads whole splits by itself
             return
         folder = self.run_dir / "reconstruction"
-        if self.baseline_metrics and not Path(self.baseline_metrics).is_file():
-            raise ValueError(f"baseline_metrics {self.baseline_metrics} does not exist; run `test` for that run first.")
-        baseline = json.loads(Path(self.baseline_metrics).read_text()) if self.baseline_metrics else None
         reconstruction_report(
             self.tokenizer,
             self.data,
             folder,
             self.run_dir,
             limit=self.report_images,
-            baseline=baseline,
             lpips_trunk=self.lpips_trunk,
             lpips_weights=self.lpips_weights,
             inception_weights=self.inception_weights,

@@ -8,23 +8,18 @@ Two rules keep results from getting lost. A fit never starts over in a folder th
 to (`overwrite`), and `resume auto` fails where there is nothing to resume: neither ever becomes the other silently.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-PACKAGES = ("unspool", "torch", "torchvision", "lightning", "timm", "open-clip-torch", "webdataset", "numpy")
+from stage1_tokenizer.evaluation.provenance import describe_process
 
 
 class RunFolderError(ValueError):
@@ -119,48 +114,6 @@ class MetricsFile(Logger):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def describe_process() -> dict[str, Any]:
-    """What a result depends on besides its config: time, command, commit, versions, threads, device."""
-    script = Path(sys.argv[0])
-    program = f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [program, *sys.argv[1:]],
-        "commit": commit(),
-        "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed_version(name)) is not None},
-        "torch_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " cpu",
-    }
-
-
-def commit() -> str | None:
-    """The git commit of this source tree, with "+changes" if tracked files differ; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
-
-    try:
-        head = git("rev-parse", "HEAD")
-    except FileNotFoundError:  # no git on this machine
-        return None
-    if head.returncode:
-        return None
-    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    return head.stdout.strip() + ("+changes" if changed else "")
-
-
-def installed_version(name: str) -> str | None:
-    """The version of an installed distribution, None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def write_atomically(path: Path, text: str) -> None:

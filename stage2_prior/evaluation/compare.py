@@ -10,14 +10,15 @@ those, with their number beside it.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stage1_tokenizer.evaluation.report import Report, provenance
-from stage2_prior.evaluation.summary import SummaryError, read_metrics
+from stage1_tokenizer.evaluation.provenance import provenance
+from stage1_tokenizer.evaluation.report import Report
 
 REPORTS = ("reconstruction", "generation")
 FIGURES = (
@@ -35,6 +36,10 @@ FIGURES = (
     "generation.captioning.right",
     "generation.captioning.nats_per_token",
 )
+
+
+class ReportError(ValueError):
+    """Runs without reports, or without the figures that are asked for."""
 
 
 class Summed(NamedTuple):
@@ -58,8 +63,18 @@ def numbers(tree: Any, name: str) -> Iterator[tuple[str, float]]:
         yield name, float(tree)
 
 
+def read_metrics(run_dir: Path, report: str) -> dict[str, Any]:
+    """metrics.json of the report "reconstruction" or "generation". Raises ReportError where it is missing."""
+    file = run_dir / report / "metrics.json"
+    if not file.is_file():
+        stage = {"reconstruction": "stage1_tokenizer", "generation": "stage2_prior"}[report]
+        raise ReportError(f"there is no {file}; write it with `python -m {stage} test` for this run")
+    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return metrics
+
+
 def figures_of(run_dir: Path) -> dict[str, float]:
-    """All numbers of a run's reports by dotted name. Raises SummaryError for a run that has neither."""
+    """All numbers of a run's reports by dotted name. Raises ReportError for a run that has neither."""
     found = [name for name in REPORTS if (run_dir / name / "metrics.json").is_file()]
     if not found:
         read_metrics(run_dir, REPORTS[0])  # says what is missing and what writes it
@@ -73,12 +88,12 @@ def summed(values: Sequence[float]) -> Summed | None:
 
 
 def compare(groups: dict[str, list[Path]], out: Path, figures: Sequence[str] = FIGURES) -> tuple[Path, list[list[str]]]:
-    """Write the page to `out`; returns its path and the table. Raises SummaryError, also where no figure matches."""
+    """Write the page to `out`; returns its path and the table. Raises ReportError, also where no figure matches."""
     read = {name: [figures_of(run) for run in runs] for name, runs in groups.items()}
     names = list(dict.fromkeys(figure for runs in read.values() for run in runs for figure in run))
     names = [figure for pattern in figures for figure in names if fnmatchcase(figure, pattern)]
     if not names:
-        raise SummaryError(f"found none of the figures {', '.join(figures)} in these runs; give other --figures")
+        raise ReportError(f"found none of the figures {', '.join(figures)} in these runs; give other --figures")
     metrics: dict[str, Any] = {}
     rows: list[list[str]] = []
     for figure in dict.fromkeys(names):
@@ -129,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("every --runs needs a name of its own and at least one run folder")
     try:
         page, table = compare(groups, options.out, options.figures)
-    except (SummaryError, OSError) as error:
+    except (ReportError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     print(*aligned(table), f"compare: {page}", sep="\n")
     return 0

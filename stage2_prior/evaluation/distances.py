@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
-from stage1_tokenizer.evaluation.classifier import draw_training
 from stage1_tokenizer.evaluation.frechet import frechet_distance, precision_recall
+from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage2_prior.base import LatentSpace
 from stage2_prior.captions import longest
 

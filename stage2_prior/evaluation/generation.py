@@ -27,9 +27,11 @@ from torch import Tensor
 from data.reading.datamodule import ImageDataModule
 from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.attributes import LETTER
-from stage1_tokenizer.evaluation.classifier import Classifier, report_classifier
+from stage1_tokenizer.evaluation.classifier import Classifier
+from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import RandomConvFeatures
-from stage1_tokenizer.evaluation.report import Figure, Report, provenance
+from stage1_tokenizer.evaluation.provenance import provenance
+from stage1_tokenizer.evaluation.report import Figure, Report
 from stage1_tokenizer.precision import matmul_dtype
 from stage2_prior.base import LatentSpace, Prior
 from stage2_prior.captions import askable

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from data.reading.datamodule import ImageDataModule
-from stage1_tokenizer.evaluation.classifier import report_classifier
+from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import RandomConvFeatures, frechet_distance
-from stage1_tokenizer.evaluation.report import Report, provenance
+from stage1_tokenizer.evaluation.provenance import provenance
+from stage1_tokenizer.evaluation.report import Report
+from stage1_tokenizer.precision import default_device
 from stage1_tokenizer.spec import build
 from stage2_prior.base import Prior, load_space
 from stage2_prior.captions import askable
@@ -85,10 +87,6 @@ def sweep(
     metrics = {"captions": len(captions), "features": extractor.feature_name, "seeds": seeds, "cells": cells}
     metrics |= {"schedule": schedule, "interval": list(interval)}
     return page(cells, extractor.feature_name, len(captions), seeds).write(run_dir / "sweep", metrics)
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def schedule_of(path: str, scale: float, interval: Sequence[float]) -> Guidance:

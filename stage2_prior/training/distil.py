@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from data.reading.datamodule import LatentDataModule
+from stage1_tokenizer.precision import default_device
 from stage2_prior.base import Prior
 from stage2_prior.captions import askable
-from stage2_prior.evaluation.sweep import default_device
 from stage2_prior.heads.amed import fit_amed
 from stage2_prior.heads.flow import FlowHead
 from stage2_prior.prior import CausalPrior

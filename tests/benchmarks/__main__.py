@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from stage1_tokenizer.training.run_folder import describe_process
+from stage1_tokenizer.evaluation.provenance import describe_process
 from tests.benchmarks.measure import table
 from tests.benchmarks.models import model_rows
 

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from stage1_tokenizer.evaluation.curves import SERIES_COLOURS, draw_curve
 from stage1_tokenizer.evaluation.image_metrics import Skipped
-from stage1_tokenizer.evaluation.report import SERIES_COLOURS, Figure, Report, image_grid, image_strip, provenance
+from stage1_tokenizer.evaluation.picture_sheet import image_grid, image_strip
+from stage1_tokenizer.evaluation.provenance import provenance
+from stage1_tokenizer.evaluation.report import Figure, Report
 
 
 def test_strip_keeps_every_pixel() -> None:
@@ -54,6 +58,41 @@ def test_page_has_every_part_and_loads_nothing(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out" / "pictures_left.png").width == (2 * 8 + 2) * 8
 
 
+HOSTILE = """<script>alert(1)</script> "quoted" 'onerror=x' {{ 7 * 7 }} {% raw %} </style>&amp;"""
+
+
+class Elements(HTMLParser):
+    """The tags, attribute names and visible texts of a page, as a browser would take them apart."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attributes}
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data.strip())
+
+
+def page_with(text: str) -> str:
+    """A page that has `text` in every place that takes text."""
+    picture, figure = torch.zeros(1, 3, 8, 8), Figure(text, text, text)
+    report = Report(text, text).figures([figure]).section(text, text).table(text, [text], [[text]], text)
+    report.curve(text, "k", "dB", {"a": ([1, 2], [1.0, 2.0])}).grid(text, [text], [(text, [picture])], text)
+    return report.skipped([Skipped(text, text, text)]).provenance({text: text}).html()
+
+
+def test_a_hostile_caption_is_text_wherever_it_stands() -> None:
+    harmless, hostile = Elements(page_with("a red circle")), Elements(page_with(HOSTILE))
+    assert hostile.tags == harmless.tags and hostile.attributes == harmless.attributes
+    assert hostile.texts.count(HOSTILE) == harmless.texts.count("a red circle") >= 18
+
+
 def test_a_ragged_table_is_refused() -> None:
     with pytest.raises(ValueError, match="2 columns"):
         Report("t").table("x", ["a", "b"], [["1"]])
@@ -64,8 +103,8 @@ def test_a_ragged_table_is_refused() -> None:
 def test_a_level_first_series_is_drawn_in_its_colour_and_a_level_behind_it_is_not() -> None:
     x = [1, 2, 4]
     for behind, coloured in (([0.1, 0.2, 0.3], True), ([0.1] * 3, False)):
-        report = Report("R").curve("One", "k", "share", {"ours": (x, [1.0] * 3), "chance": (x, behind)})
-        pixels = np.asarray(Image.open(io.BytesIO(report._files["one.png"])).convert("RGB")).reshape(-1, 3).astype(int)
+        plot = draw_curve("k", "share", {"ours": (x, [1.0] * 3), "chance": (x, behind)}, "#000000")
+        pixels = np.asarray(Image.open(io.BytesIO(plot)).convert("RGB")).reshape(-1, 3).astype(int)
         for colour, wanted in zip(SERIES_COLOURS[:2], (True, coloured), strict=True):
             target = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert bool((abs(pixels - target).max(axis=1) < 3).any()) == wanted

@@ -18,7 +18,8 @@ from data.reading.datamodule import ImageDataModule
 from data.reading.latents import LatentShardWriter, write_latent_manifest
 from data.sources.scenes import COLOURS
 from stage1_tokenizer import Tokenizer
-from stage1_tokenizer.evaluation.classifier import AttributeClassifier, Budget, fit_classifier
+from stage1_tokenizer.evaluation.classifier import AttributeClassifier
+from stage1_tokenizer.evaluation.classifier_fit import Budget, fit_classifier
 from stage1_tokenizer.training.cli import run_cli
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.base import load_space

@@ -1,0 +1,73 @@
+"""Where figures come from: command, date, commit of this source tree, seed, versions, threads, device.
+
+Every report prints these facts and every fit keeps them in its run folder. They live here, on the lower of the two
+floors that need them.
+"""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("unspool", "torch", "torchvision", "lightning", "timm", "open-clip-torch", "webdataset", "numpy")
+
+
+def provenance(seed: int | None = None) -> dict[str, str]:
+    """The facts as a report prints them: name -> text. seed: of what the report drew at random; None where nothing."""
+    process = describe_process()
+    versions = {"Python": process["python"], **process["versions"]}
+    return {
+        "command": " ".join(process["command"]),
+        "date": process["started"],
+        "commit": process["commit"] or "not in a git checkout",
+        "seed": "none used" if seed is None else str(seed),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "device": f"{process['device']}, {process['torch_threads']} threads",
+    }
+
+
+def describe_process() -> dict[str, Any]:
+    """What a result depends on besides its config, ready for JSON."""
+    script = Path(sys.argv[0])
+    program = f"python -m {script.parent.name}" if script.name == "__main__.py" else script.name
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [program, *sys.argv[1:]],
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed_version(name)) is not None},
+        "torch_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " cpu",
+    }
+
+
+def commit() -> str | None:
+    """The git commit of this source tree, with "+changes" if tracked files differ; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+    try:
+        head = git("rev-parse", "HEAD")
+    except FileNotFoundError:  # no git on this machine
+        return None
+    if head.returncode:
+        return None
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution, None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
