@@ -41,7 +41,7 @@ NO_TEXT = --config configs/stage1/demo.yaml --config configs/variants/no_text.ya
 text-cost: setup
 	python -m stage1_tokenizer fit $(NO_TEXT) --overwrite true
 	python -m stage1_tokenizer test $(NO_TEXT)
-	python -m stage2_prior.evaluation.compare --out runs/text_cost --runs text runs/demo --runs no_text runs/demo_no_text
+	python -m stage2_prior compare --out runs/text_cost --runs text runs/demo --runs no_text runs/demo_no_text
 
 # Does learning to draw help learning to read? One prior that does both, one that only reads (as many steps, and as much time), and
 # one that draws the line backwards; three seeds of each with SEEDS="0 1 2". Needs what `make demo` leaves behind.
@@ -60,7 +60,7 @@ reading: setup
 	$(call read,reads,$(ONLY))
 	$(call read,reads_longer,$(ONLY) --trainer.max_steps 7500)
 	$(call read,draws_backwards,--config configs/variants/prior_reversed_order.yaml)
-	python -m stage2_prior.evaluation.compare --out runs/reading --figures 'generation.captioning.*' 'generation.faithfulness.*.all' \
+	python -m stage2_prior compare --out runs/reading --figures 'generation.captioning.*' 'generation.faithfulness.*.all' \
 		$(foreach name,draws reads reads_longer draws_backwards,--runs $(name) $(SEEDS:%=runs/reading/$(name)_%))
 
 test: setup

@@ -1,6 +1,6 @@
 """Groups of runs beside each other, seeds of one setting being a group: mean, spread and difference of their figures.
 
-    python -m stage2_prior.evaluation.compare --out runs/text_cost \
+    python -m stage2_prior compare --out runs/text_cost \
         --runs text runs/demo runs/demo_seed1 runs/demo_seed2 --runs no_text runs/demo_no_text runs/no_text_seed1
 
 Reads what `test` of both stages wrote (reconstruction/metrics.json and generation/metrics.json, at least one of them in
@@ -75,13 +75,12 @@ def read_metrics(run_dir: Path, report: str) -> dict[str, Any]:
 
 def figures_of(run_dir: Path) -> dict[str, float]:
     """All numbers of a run's reports by dotted name. Raises ReportError for a run that has neither."""
-    found = [name for name in REPORTS if (run_dir / name / "metrics.json").is_file()]
-    if not found:
-        read_metrics(run_dir, REPORTS[0])  # says what is missing and what writes it
-    return dict(pair for name in found for pair in numbers(read_metrics(run_dir, name), name))
+    reports = [name for name in REPORTS if (run_dir / name / "metrics.json").is_file()] or REPORTS[:1]
+    return dict(pair for name in reports for pair in numbers(read_metrics(run_dir, name), name))
 
 
 def summed(values: Sequence[float]) -> Summed | None:
+    """Mean and spread; None of no values."""
     if not values:
         return None
     return Summed(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
@@ -90,30 +89,36 @@ def summed(values: Sequence[float]) -> Summed | None:
 def compare(groups: dict[str, list[Path]], out: Path, figures: Sequence[str] = FIGURES) -> tuple[Path, list[list[str]]]:
     """Write the page to `out`; returns its path and the table. Raises ReportError, also where no figure matches."""
     read = {name: [figures_of(run) for run in runs] for name, runs in groups.items()}
-    names = list(dict.fromkeys(figure for runs in read.values() for run in runs for figure in run))
-    names = [figure for pattern in figures for figure in names if fnmatchcase(figure, pattern)]
+    known = list(dict.fromkeys(figure for runs in read.values() for run in runs for figure in run))
+    names = list(dict.fromkeys(figure for pattern in figures for figure in known if fnmatchcase(figure, pattern)))
     if not names:
-        raise ReportError(f"found none of the figures {', '.join(figures)} in these runs; give other --figures")
-    metrics: dict[str, Any] = {}
-    rows: list[list[str]] = []
-    for figure in dict.fromkeys(names):
-        row, first, metrics[figure] = [figure], None, {}
-        for name, runs in read.items():
-            found = summed([run[figure] for run in runs if figure in run])
-            metrics[figure][name] = None if found is None else found._asdict()
-            row.append("–" if found is None else found.text(len(runs)))
-            if len(row) == 2:
-                first = found
-            else:
-                row.append("–" if found is None or first is None else f"{found.mean - first.mean:+.3g}")
-        rows.append(row)
-    header = ["", *(h for i, name in enumerate(groups) for h in ([name] if i == 0 else [name, "difference"]))]
-    told = "; ".join(f"{name}: {', '.join(map(str, runs))}" for name, runs in groups.items())
-    report = Report("Runs compared", told)
-    report.table("Figures", header, rows, f"Mean ± standard deviation between runs; differences to {header[1]}.")
-    asked = {name: [str(run) for run in runs] for name, runs in groups.items()}
-    page = report.provenance(provenance()).write(out, {"runs": asked, "figures": metrics})
+        raise ReportError(f"these runs have none of the figures {', '.join(figures)}; give other --figures")
+    sums = {
+        figure: {name: summed([run[figure] for run in runs if figure in run]) for name, runs in read.items()}
+        for figure in names
+    }
+    first, *others = groups
+    header = ["", first, *(heading for name in others for heading in (name, "difference"))]
+    sizes = {name: len(runs) for name, runs in groups.items()}
+    rows = [[figure, *_cells(by_group, sizes)] for figure, by_group in sums.items()]
+    runs = {name: [str(run) for run in runs] for name, runs in groups.items()}
+    report = Report("Runs compared", "; ".join(f"{name}: {', '.join(paths)}" for name, paths in runs.items()))
+    report.table("Figures", header, rows, f"Mean ± standard deviation between runs; differences to {first}.")
+    metrics = {
+        figure: {name: None if group is None else group._asdict() for name, group in by_group.items()}
+        for figure, by_group in sums.items()
+    }
+    page = report.provenance(provenance()).write(out, {"runs": runs, "figures": metrics})
     return page, [header, *rows]
+
+
+def _cells(by_group: dict[str, Summed | None], sizes: dict[str, int]) -> list[str]:
+    """The cells of one figure: every group and, but for the first, its difference to the first; – where unmeasured."""
+    first, cells = next(iter(by_group.values())), []
+    for name, group in by_group.items():
+        cells.append("–" if group is None else group.text(sizes[name]))
+        cells.append("–" if group is None or first is None else f"{group.mean - first.mean:+.3g}")
+    return [cells[0], *cells[2:]]
 
 
 def aligned(table: list[list[str]]) -> Iterator[str]:
@@ -126,7 +131,8 @@ def aligned(table: list[list[str]]) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m stage2_prior.evaluation.compare", description="Groups of runs compared."
+        prog="python -m stage2_prior compare",
+        description="Put the figures of groups of runs side by side: mean, spread and difference.",
     )
     parser.add_argument(
         "--runs",
@@ -148,7 +154,3 @@ def main(arguments: list[str] | None = None) -> int:
         parser.exit(1, f"error: {error}\n")
     print(*aligned(table), f"compare: {page}", sep="\n")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

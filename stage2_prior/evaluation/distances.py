@@ -11,7 +11,7 @@ one expects, since held-out captions fix most of a picture:
   such training pictures, `reconstruction_real` of their reconstructions, `generated_real` of drawn ones. One n, one
   list of captions, one reference, so that generated over reconstruction (`generated_over_reconstruction`) compares like
   with like, and real_real is what a perfect sampler with a perfect tokenizer is left with.
-* `real_real`: training pictures drawn at random, whatever their captions say.
+* `real_real`: training pictures drawn at random, whatever their captions.
 
 A distance at finite n is too large by about c / n. `at_infinity` extrapolates as Chong & Forsyth 2020 ("Effectively
 unbiased FID", section 4) do: distances at several n, a straight line in 1 / n, its intercept; here with subsets of both
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
-from stage1_tokenizer.evaluation.frechet import frechet_distance, precision_recall
+from stage1_tokenizer.evaluation.frechet import FeatureExtractor, frechet_distance, precision_recall
 from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage2_prior.base import LatentSpace
 from stage2_prior.captions import longest
@@ -39,9 +39,14 @@ POINTS = 10  # sizes from half of the pictures to all of them, at which the line
 Features = Callable[[Tensor], Tensor]
 
 
+def features_of(extractor: FeatureExtractor, batch_size: int) -> Features:
+    """The features of any number of pictures, taken `batch_size` at a time."""
+    return lambda pictures: torch.cat([extractor.features(part) for part in pictures.split(batch_size)])
+
+
 def distance_report(
     features: Features,
-    generated: dict[float, Tensor],
+    generated: dict[str, Tensor],
     recon: Tensor,
     real: dict[str, Any],
     images: ImageDataModule,
@@ -50,8 +55,8 @@ def distance_report(
 ) -> dict[str, Any]:
     """Every distance of the module's docstring, by name, and precision and recall of `generated` by guidance.
 
-    features: pictures (N,3,H,W) in [-1,1] -> (N,D). generated, recon: pictures of the rows of `real`, a batch of the
-    val split. `same_captions` is left out below 200 such captions.
+    features: pictures (N,3,H,W) in [-1,1] -> (N,D). generated (by guidance), recon: pictures of the rows of `real`, a
+    batch of the val split. `same_captions` is left out below 200 such captions.
     """
     n, reference = len(real["images"]), features(real["images"])
     drawn = {w: features(pictures) for w, pictures in generated.items()}
@@ -59,24 +64,29 @@ def distance_report(
         "n": n,
         "real_real": frechet_distance(reference, features(draw_training(images, n, seed)["images"])),
         "reconstruction_real": frechet_distance(reference, features(recon)),
-        "generated_real": {str(w): frechet_distance(reference, x) for w, x in drawn.items()},
-        "precision_recall": {str(w): precision_recall(reference, x) for w, x in drawn.items()},
+        "generated_real": {w: frechet_distance(reference, x) for w, x in drawn.items()},
+        "precision_recall": {w: precision_recall(reference, x) for w, x in drawn.items()},
     }
     rows, twins = same_caption_pairs(images, real)
     if len(rows) > MANY:
         others = images.samples("train", twins)["images"]
         sets = {"real_real": features(others), "reconstruction_real": features(reconstruct(tokenizer, others))}
-        by_guidance = {str(w): x[rows] for w, x in drawn.items()}
+        out["same_captions"] = _unpaired(reference[rows], sets, {w: x[rows] for w, x in drawn.items()}, seed)
+    return out
 
-        def measured(distance: Callable[[Tensor, Tensor], float]) -> dict[str, Any]:
-            found: dict[str, Any] = {name: distance(reference[rows], x) for name, x in sets.items()}
-            return found | {"generated_real": {w: distance(reference[rows], x) for w, x in by_guidance.items()}}
 
-        same = measured(frechet_distance)
-        ratio = {w: distance / same["reconstruction_real"] for w, distance in same["generated_real"].items()}
-        out["same_captions"] = {"n": len(rows), **same, "generated_over_reconstruction": ratio}
-        if len(rows) >= 2 * reference.shape[1]:  # below, half of them do not span the features and no line is straight
-            out["same_captions"]["at_infinity"] = measured(lambda a, b: frechet_at_infinity(a, b, seed))
+def _unpaired(reference: Tensor, sets: dict[str, Tensor], generated: dict[str, Tensor], seed: int) -> dict[str, Any]:
+    """Distances to `reference` (N,D) of other real pictures, of their reconstructions, and of generated ones."""
+
+    def by_set(distance: Callable[[Tensor, Tensor], float]) -> dict[str, Any]:
+        real: dict[str, Any] = {name: distance(reference, x) for name, x in sets.items()}
+        return real | {"generated_real": {w: distance(reference, x) for w, x in generated.items()}}
+
+    same = by_set(frechet_distance)
+    ratio = {w: distance / same["reconstruction_real"] for w, distance in same["generated_real"].items()}
+    out = {"n": len(reference), **same, "generated_over_reconstruction": ratio}
+    if len(reference) >= 2 * reference.shape[1]:  # below, half of them do not span the features: no straight line
+        out["at_infinity"] = by_set(lambda a, b: frechet_at_infinity(a, b, seed))
     return out
 
 
@@ -87,12 +97,12 @@ def frechet_at_infinity(a: Tensor, b: Tensor, seed: int = 0) -> float:
     """
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.linspace(len(a) / 2, len(a), POINTS).round().long().tolist()
-    found = []
+    distances = []
     for n in sizes:
         rows = torch.randperm(len(a), generator=generator)[:n]
-        found.append(frechet_distance(a[rows], b[rows]))
+        distances.append(frechet_distance(a[rows], b[rows]))
     line = torch.stack([torch.ones(POINTS), 1 / torch.tensor(sizes)], dim=1).double()  # (points, 2)
-    return torch.linalg.lstsq(line, torch.tensor(found).double()[:, None]).solution[0].item()
+    return torch.linalg.lstsq(line, torch.tensor(distances).double()[:, None]).solution[0].item()
 
 
 def reconstruct(tokenizer: LatentSpace, images: Tensor, batch_size: int = 250) -> Tensor:

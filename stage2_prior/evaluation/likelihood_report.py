@@ -1,9 +1,9 @@
-"""What exact likelihood says of held-out lines: nats per latent, and which latents know their caption.
+"""What exact likelihood makes of held-out lines: nats per latent, and how much each latent says about its caption.
 
 Classification by likelihood: a line is scored under its own caption and under those of other pictures; the caption with
 the highest log p(z | caption) is the answer. Since log p is a sum over positions, the first k positions classify the
 prefix of k latents (where a prior models them first), and the difference of each position, own caption minus the mean
-of the others, says in nats how much that latent knows. No sample is drawn and no classifier is asked.
+of the others, is in nats how much that latent adds. No sample is drawn and no classifier is asked.
 """
 
 from typing import Any
@@ -48,7 +48,7 @@ def classification_report(
     named = dict(zip(kinds, captions, strict=True))  # one caption of each kind
     choices = min(CHOICES, len(named))
     if choices < 2:
-        return {"skipped": "all captions are the same, so there is nothing to tell apart."}
+        return {"skipped": "all captions are the same, so there is nothing to choose between."}
     generator = torch.Generator().manual_seed(seed)
     asked: list[str] = []
     rows = spread_rows(len(captions), lines)
@@ -57,13 +57,13 @@ def classification_report(
         drawn = torch.randperm(len(others), generator=generator)[: choices - 1].tolist()
         asked += [captions[row], *(others[i] for i in drawn)]
     try:
-        found = prior.log_prob(z[rows].repeat_interleave(choices, 0), asked, CHOICE_STEPS).cpu()
+        log_p = prior.log_prob(z[rows].repeat_interleave(choices, 0), asked, CHOICE_STEPS).cpu()
     except PriorError as error:
         return {"skipped": str(error)}
-    by_prefix = found.double().cumsum(1).unflatten(0, (-1, choices))  # (n, choices, K); the own caption is the first
+    by_prefix = log_p.double().cumsum(1).unflatten(0, (-1, choices))  # (n, choices, K); the own caption is the first
     best = (by_prefix == by_prefix.amax(1, keepdim=True)).double()
     right = (best[:, 0] / best.sum(1)).mean(0)  # (K,)
-    each = found.unflatten(0, (-1, choices))
+    each = log_p.unflatten(0, (-1, choices))
     return {
         "lines": len(each),
         "captions_per_line": choices,

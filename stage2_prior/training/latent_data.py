@@ -11,7 +11,6 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from data.reading.datamodule import ImageDataModule, LatentDataModule, ShardDataModule
-from data.reading.order import spread_rows
 from data.schema import DataError
 from stage2_prior.captions import longest
 
@@ -59,20 +58,6 @@ class CaptionSource(ShardDataModule):
         """Every caption of the training split, one after another."""
         for captions in self.captions("train"):
             yield from captions
-
-
-def same_samples(
-    of: ShardDataModule, images: ImageDataModule, held: dict[str, Any], limit: int | None
-) -> dict[str, Any]:
-    """The pictures of `held`, which is `of.arrays("val", limit)`. Raises DataError where they are of other samples."""
-    rows = spread_rows(len(of.split("val")), limit)
-    samples = images.samples("val", rows) if rows[-1] < len(images.split("val")) else {"keys": None}
-    if samples["keys"] != held["keys"]:
-        raise DataError(
-            f"the latents in {of.data_dir} and the pictures in {images.data_dir} are of different samples; write the"
-            " latents again with `python -m stage1_tokenizer predict`, or set images_dir"
-        )
-    return samples
 
 
 class PriorDataModule(CaptionSource, LatentDataModule):

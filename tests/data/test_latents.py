@@ -18,7 +18,7 @@ from data.reading.latents import LatentShardWriter, begin_latents, write_latent_
 from data.schema import SPLITS, DataError
 from data.sources.open import SourceConfig
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
-from stage2_prior.training.latent_data import same_samples
+from stage2_prior.evaluation.held_out import same_samples
 from tests.data_samples import prepared
 from tests.tiny import C, K, tiny_tokenizer
 

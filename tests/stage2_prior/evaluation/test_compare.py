@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stage2_prior.__main__ import main as command
 from stage2_prior.evaluation.compare import figures_of, main
 
 Metrics = dict[str, object]
@@ -25,7 +26,7 @@ def test_groups_are_summed_and_compared(tmp_path: Path, capsys: pytest.CaptureFi
     text = [run(tmp_path / f"a{i}", psnr) for i, psnr in enumerate((30.0, 31.0, 32.0))]
     plain = [run(tmp_path / "b0", 33.0, {"nll": {"nats_per_latent": 14.5}}), run(tmp_path / "b1", 34.0)]
     out = tmp_path / "out"
-    assert main(["--out", str(out), "--runs", "text", *text, "--runs", "plain", *plain]) == 0
+    assert command(["compare", "--out", str(out), "--runs", "text", *text, "--runs", "plain", *plain]) == 0
     found = json.loads((out / "metrics.json").read_text())
     assert found["runs"] == {"text": text, "plain": plain}
     psnr = found["figures"]["reconstruction.psnr.1"]
@@ -40,7 +41,7 @@ def test_groups_are_summed_and_compared(tmp_path: Path, capsys: pytest.CaptureFi
     assert printed[2] == "generation.nll.nats_per_latent – 14.5 (n = 1 of 2) –"
     page = (out / "report.html").read_text()
     assert "33.5 ± 0.707" in page and "+2.5" in page and text[2] in page
-    assert "reconstruction.psnr.2" not in page  # not finite, hence null: nobody measured it
+    assert "reconstruction.psnr.2" not in page  # not finite, hence null: not measured
 
 
 def test_other_figures_can_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,7 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
     assert told["lines"] == 3 and told["chance"] == 0.1 and len(told["accuracy_by_prefix"]) == K
     assert metrics["nll"]["lines"] == 4 and len(metrics["nll"]["by_position"]) == K
     page = (run_dir / "generation" / "report.html").read_text()
-    assert "for real pictures of those captions" in page and "Captions told apart by likelihood" in page
+    assert "for real pictures of those captions" in page and "Own caption chosen by likelihood" in page
     assert "like is compared with like" in page
     assert "One caption, eight seeds" in page and "unseen combination" in page
     assert "1 object, without shapes" in page and "captions of" in page

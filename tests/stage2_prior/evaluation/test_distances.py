@@ -69,7 +69,7 @@ def test_same_captions_compare_like_with_like(keep: float, monkeypatch: pytest.M
     monkeypatch.setattr(distances, "MANY", 10)
     pictures, held = Pictures(), torch.rand(60, 3, 2, 2, generator=torch.Generator().manual_seed(4))
     real = {"images": held, "captions": [[str(i)] for i in range(60)]}  # 40 to 59 are of no training picture
-    generated = {2.0: pictures.train[:60]}  # a perfect sampler: another real picture of each caption
+    generated = {"2.0": pictures.train[:60]}  # a perfect sampler: another real picture of each caption
     found = distance_report(lambda x: x.flatten(1), generated, held * keep, real, pictures, Blur(keep))  # type: ignore[arg-type]
     same = found["same_captions"]
     assert found["n"] == 60 and same["n"] == 40

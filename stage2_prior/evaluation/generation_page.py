@@ -1,0 +1,162 @@
+"""The page of the generation report: from its metrics and pictures to a `Report`; measures nothing.
+
+Letters: N captions, K latents.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from stage1_tokenizer.evaluation.report import Figure, Report
+
+SHOWN = 10  # captions in the grid by guidance
+HEADLINE_GROUPS = 4
+
+
+@dataclass
+class Pictures:
+    """What the grids show, in [-1, 1]."""
+
+    captions: list[str]  # N
+    real: Tensor  # (N,3,H,W) held-out pictures
+    generated: dict[str, Tensor]  # guidance -> (N,3,H,W)
+    same: Tensor  # (n,seeds,3,H,W) of the first n different captions
+
+
+def page(metrics: Mapping[str, Any], pictures: Pictures, guidance: str) -> Report:
+    """The report's page. metrics: those of the report. guidance: the scale of the headlines, as a key of metrics."""
+    report = Report("Generation", f"{metrics['captions']:,} held-out captions, guidance {float(guidance):g}")
+    report.figures(headlines(metrics, guidance))
+    if "faithfulness" in metrics:
+        _faithfulness_table(report, metrics)
+    _distribution_table(report, metrics)
+    report.table(*distance_table(metrics["distances"]))
+    _curves(report, metrics, guidance)
+    _left_out(report, metrics)
+    _grids(report, metrics["captioning"], pictures)
+    return report.provenance(metrics["provenance"])
+
+
+def headlines(metrics: Mapping[str, Any], guidance: str) -> list[Figure]:
+    """The figures that sum the report up, at one guidance scale."""
+    figures = []
+    if "faithfulness" in metrics:
+        ours, best = metrics["faithfulness"][guidance], metrics["faithfulness"]["real"]
+        for name, share in list(ours.items())[:HEADLINE_GROUPS]:
+            title = f"everything right, {name} [{metrics['features']}]"
+            figures.append(Figure(title, f"{share:.3f}", f"real pictures {best[name]:.3f}"))
+    figures.append(_distance_figure(metrics["distances"], guidance))
+    latents, cost = metrics["latents"]["1.0"], metrics["cost"]
+    spread = f"{latents['lowest']:.2f} to {latents['highest']:.2f}"
+    figures.append(Figure("spread of latents, samples / data", spread, "lowest and highest position, guidance 1"))
+    how = f"{cost['evaluations_per_latent']} evaluations per latent, batch {cost['batch_size']}, decoding too"
+    figures.append(Figure("pictures per second", f"{cost['images_per_second']:.0f}", how))
+    reading = metrics["captioning"]
+    if reading:
+        chance = f"word for word; of the next line's captions {reading['right_of_the_next_line']:.3f}"
+        figures.append(Figure("captions read out right", f"{reading['right']:.3f}", chance))
+    return figures
+
+
+def _distance_figure(distances: Mapping[str, Any], guidance: str) -> Figure:
+    """The Frechet distance, with what reconstructions and real pictures are at."""
+    note = (
+        f"real-real {distances['real_real']:.1f}, reconstruction {distances['reconstruction_real']:.1f}"
+        f", n = {distances['n']}"
+    )
+    if "same_captions" in distances:
+        floor = distances["same_captions"]
+        note += (
+            f"; on {floor['n']} captions that training pictures have, too: {floor['generated_real'][guidance]:.1f}"
+            f" against {floor['reconstruction_real']:.1f} for reconstructions of other pictures and"
+            f" {floor['real_real']:.1f} for real pictures of those captions"
+        )
+    value = f"{distances['generated_real'][guidance]:.1f}"
+    return Figure(f"Fréchet distance [{distances['features']}]", value, note)
+
+
+def _faithfulness_table(report: Report, metrics: Mapping[str, Any]) -> None:
+    read, sizes = metrics["faithfulness"], metrics["group_sizes"]
+    rows = [
+        [name, str(sizes.get(name.split(", without")[0], "")), *(f"{shares[name]:.3f}" for shares in read.values())]
+        for name in read["real"]
+    ]
+    columns = [f"guidance {name}" if name in metrics["latents"] else name for name in read]
+    report.table(f"What the {metrics['features']} reads right", ["captions of", "number", *columns], rows)
+
+
+def _distribution_table(report: Report, metrics: Mapping[str, Any]) -> None:
+    distances, rows = metrics["distances"], []
+    for name, spread in metrics["latents"].items():
+        precision, recall = distances["precision_recall"][name]
+        cells = (precision, recall, spread["overall"], spread["lowest"], spread["highest"])
+        drift = f"{spread['slope_along_line']:+.3f}"
+        rows.append([name, f"{distances['generated_real'][name]:.1f}", *(f"{c:.3f}" for c in cells), drift])
+    columns = ["guidance", "Fréchet", "precision", "recall", "std ratio", "lowest", "highest", "drift on the line"]
+    note = f"Distances, precision and recall in {distances['features']} features; standard deviations of latents, "
+    report.table("Distribution, by guidance", columns, rows, note + "samples over data.")
+
+
+def distance_table(distances: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]], str]:
+    """Heading, columns, rows and note of all Frechet distances to held-out pictures."""
+    parts = [(f"all {distances['n']} captions", "paired", distances)]
+    if "same_captions" in distances:
+        same = distances["same_captions"]
+        parts.append((f"{same['n']} captions that training pictures have, too", "other pictures", same))
+        if "at_infinity" in same:
+            parts.append(("the same, extrapolated to infinite n", "other pictures", same["at_infinity"]))
+    guidances = list(distances["generated_real"])
+    rows = [
+        [name, f"{d['reconstruction_real']:.2f} ({which})", f"{d['real_real']:.2f}"]
+        + [f"{d['generated_real'][w]:.2f}" for w in guidances]
+        for name, which, d in parts
+    ]
+    columns = ["pictures of", "reconstructions", "other real pictures", *(f"guidance {w}" for w in guidances)]
+    note = (
+        f"In {distances['features']} features. Paired: reconstructions of the held-out pictures themselves, beside real"
+        " pictures of any caption. Below, both are of other pictures with the same captions, as generated ones are:"
+        " only there like is compared with like."
+    )
+    return "Fréchet distances to held-out pictures", columns, rows, note
+
+
+def _curves(report: Report, metrics: Mapping[str, Any], guidance: str) -> None:
+    latents, nll = metrics["latents"], metrics.get("nll", {})
+    choice = metrics.get("classification_by_likelihood", {})
+    line = list(range(1, len(latents[guidance]["std_ratio"]) + 1))
+    ratios = {f"guidance {w}": (line, latents[w]["std_ratio"]) for w in latents}
+    report.curve("Spread of latents by position", "position", "std of samples / data", ratios)
+    if "by_position" in nll:
+        curve = {"held-out lines": (line, nll["by_position"])}
+        report.curve("Negative log-likelihood by position", "position", "nats per latent", curve)
+    if "accuracy" in choice:
+        heading = f"Own caption chosen by likelihood: {choice['lines']} lines, {choice['captions_per_line']} captions"
+        chance = [choice["chance"]] * len(line)
+        curves = {"own caption": (line, choice["accuracy_by_prefix"]), "chance": (line, chance)}
+        report.curve(heading, "latents", "accuracy", curves)
+        nats = {"own caption over others": (line, choice["nats_by_position"])}
+        report.curve("Log-likelihood ratio of the own caption by position", "position", "nats", nats)
+
+
+def _left_out(report: Report, metrics: Mapping[str, Any]) -> None:
+    """The likelihoods that this prior has not, and why."""
+    names = {"nll": "negative log-likelihood", "classification_by_likelihood": "classification by likelihood"}
+    rows = [[name, metrics[key]["skipped"]] for key, name in names.items() if "skipped" in metrics.get(key, {})]
+    if rows:
+        report.table("Left out", ["figure", "reason"], rows)
+
+
+def _grids(report: Report, reading: Mapping[str, Any], pictures: Pictures) -> None:
+    captions = pictures.captions
+    different = list(dict.fromkeys(captions))
+    columns = ["held-out picture", *(f"guidance {float(w):g}" for w in pictures.generated)]
+    sets = [pictures.real, *pictures.generated.values()]
+    rows = [(c, [x[captions.index(c)][None] for x in sets]) for c in different[:SHOWN]]
+    report.grid("Captions by guidance", columns, rows)
+    if reading:
+        read = zip(reading["examples"], pictures.real.split(1), strict=False)
+        report.grid("Captions read out", ["held-out picture"], [(caption, [picture]) for caption, picture in read])
+    strips = [(c, [same]) for c, same in zip(different, pictures.same, strict=False)]
+    report.grid("One caption, eight seeds", [""], strips)

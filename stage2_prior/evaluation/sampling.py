@@ -1,0 +1,60 @@
+"""Samples of a prior for a list of captions, decoded and timed: what the generation report and the sweep measure.
+
+Letters: N captions, K latents, C latent channels.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.precision import matmul_dtype
+from stage2_prior.base import LatentSpace, Prior
+from stage2_prior.guidance import Guidance
+from stage2_prior.heads.solvers import Solver
+
+
+@dataclass
+class Samples:
+    """Latents and pictures of all captions at one guidance scale, on the CPU, and what they cost."""
+
+    latents: Tensor  # (N,K,C)
+    images: Tensor  # (N,3,H,W) in [-1, 1]
+    seconds: float  # decoding included
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How samples are drawn.
+
+    steps: evaluations of the head per latent (None: its default). solver: in place of the head's own (None).
+    batch_size: captions per call of `sample`. seed: the same for every call, so that settings differ in nothing else.
+    """
+
+    steps: int | None = None
+    batch_size: int = 250
+    seed: int = 0
+    solver: Solver | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float | Guidance
+    ) -> Samples:
+        """Latents and pictures of all captions; matrix products in bfloat16 where that is fast."""
+        device = device_of(prior)
+        generator = torch.Generator(device=device).manual_seed(self.seed)
+        dtype = matmul_dtype(device)
+        start, latents, pictures = time.perf_counter(), [], []
+        for at in range(0, len(captions), self.batch_size):
+            asked = captions[at : at + self.batch_size]
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                z = prior.sample(asked, guidance, self.steps, generator=generator, solver=self.solver)
+                pictures.append(tokenizer.decode(z, generator).cpu())
+            latents.append(z.cpu())
+        return Samples(torch.cat(latents), torch.cat(pictures), time.perf_counter() - start)
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where the parameters of a module lie."""
+    return next(module.parameters()).device
