@@ -26,7 +26,7 @@ from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric, psn
 from stage1_tokenizer.evaluation.latent_use import latent_use
 from stage1_tokenizer.evaluation.picture_data import PictureData, draw_training
 from stage1_tokenizer.evaluation.provenance import provenance
-from stage1_tokenizer.evaluation.reconstruction_pass import HeldOut, Meters, measure
+from stage1_tokenizer.evaluation.reconstruction_pass import HeldOut, Meters, measure, prefix_lengths
 from stage1_tokenizer.evaluation.reconstruction_read import distances, probe, read_back
 from stage1_tokenizer.evaluation.reconstruction_text import text_metrics
 from stage1_tokenizer.pca import PCA
@@ -34,11 +34,6 @@ from stage1_tokenizer.tokenizer import Tokenizer
 
 PCA_BYTES = 2**30  # training pictures that PCA is fitted on, as float32
 PCA_PICTURES = 25_000
-
-
-def prefix_lengths(num_latents: int) -> list[int]:
-    """1, 2, 4, ... and K."""
-    return [2**i for i in range(num_latents.bit_length()) if 2**i < num_latents] + [num_latents]
 
 
 @torch.inference_mode(False)  # Lightning tests in inference mode, where neither classifier nor probes could be trained

@@ -24,6 +24,11 @@ from stage1_tokenizer.tokenizer import Tokenizer
 GRID_PICTURES = 8
 
 
+def prefix_lengths(num_latents: int) -> list[int]:
+    """1, 2, 4, ... and K."""
+    return [2**i for i in range(num_latents.bit_length()) if 2**i < num_latents] + [num_latents]
+
+
 @dataclass
 class Meters:
     """What is measured of every picture: metrics against its original by name, and features for distances of sets."""

@@ -15,7 +15,8 @@ from stage1_tokenizer.contract import Bottleneck
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, report_classifier
 from stage1_tokenizer.evaluation.image_metrics import psnr
-from stage1_tokenizer.evaluation.reconstruction import prefix_lengths, reconstruction_report
+from stage1_tokenizer.evaluation.reconstruction import reconstruction_report
+from stage1_tokenizer.evaluation.reconstruction_pass import prefix_lengths
 from stage1_tokenizer.evaluation.reconstruction_text import caption_bits, text_metrics
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.text.captioner import PrefixCaptioner
