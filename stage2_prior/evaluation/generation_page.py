@@ -33,6 +33,7 @@ def page(metrics: Mapping[str, Any], pictures: Pictures, guidance: str) -> Repor
         _faithfulness_table(report, metrics)
     _distribution_table(report, metrics)
     report.table(*distance_table(metrics["distances"]))
+    report.section("Curves")
     _curves(report, metrics, guidance)
     _left_out(report, metrics)
     _grids(report, metrics["captioning"], pictures)
@@ -116,9 +117,13 @@ def distance_table(distances: Mapping[str, Any]) -> tuple[str, list[str], list[l
     columns = ["pictures of", "reconstructions", "other real pictures", *(f"guidance {w}" for w in guidances)]
     note = (
         f"In {distances['features']} features. Paired: reconstructions of the held-out pictures themselves, beside real"
-        " pictures of any caption. Below, both are of other pictures with the same captions, as generated ones are:"
-        " only there like is compared with like."
+        " pictures of any caption."
     )
+    if "same_captions" in distances:
+        note += (
+            " Below, both are of other pictures with the same captions, as generated ones are: only there like is"
+            " compared with like."
+        )
     return "Fréchet distances to held-out pictures", columns, rows, note
 
 
