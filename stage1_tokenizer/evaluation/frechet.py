@@ -77,9 +77,9 @@ def inception_features(weights: str | Path | None, device: torch.device | str = 
     """Inception features from `weights` (torch-fidelity's `pt_inception-2015-12-05-6726825d.pth`), or why not."""
     name = "frechet[inception-v3-compat]"
     if weights is None or not Path(weights).is_file():
-        found = "no weights file was named" if weights is None else f"there is no file at {weights}"
+        reason = "no weights file was named" if weights is None else f"there is no file at {weights}"
         fix = "give inception_weights the path of torch-fidelity's pt_inception-2015-12-05-6726825d.pth"
-        return Skipped(name, found, fix)
+        return Skipped(name, reason, fix)
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError:

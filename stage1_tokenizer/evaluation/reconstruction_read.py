@@ -1,4 +1,4 @@
-"""The figures of the reconstruction report that somebody reads off: distances of sets, a classifier, linear probes.
+"""The figures of the reconstruction report that are not a pixel error: distances of sets, a classifier, linear probes.
 
 Each stands beside two others: the same of real pictures, which says how good the reader is, and the same of PCA at
 equal floats, which says what a linear code keeps.

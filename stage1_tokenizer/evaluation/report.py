@@ -17,6 +17,7 @@ import base64
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ class Report:
         return self.table("Left out", ["metric", "reason", "to have it"], rows)
 
     def provenance(self, facts: Mapping[str, str]) -> "Report":
-        """Where the figures come from, as `evaluation.provenance` says it."""
+        """Where the figures come from, as `evaluation.provenance` names it."""
         return self._add("provenance", facts=facts)
 
     def html(self) -> str:
@@ -150,7 +151,9 @@ def _environment() -> Environment:
 
 
 def _slug(heading: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", heading.lower()).strip("_")
+    """The heading as a file name."""
+    plain = unicodedata.normalize("NFKD", heading.lower()).encode("ascii", "ignore").decode()  # é becomes e
+    return re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
 
 
 def _data_uri(content: bytes) -> str:

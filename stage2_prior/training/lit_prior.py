@@ -26,7 +26,6 @@ from stage2_prior.captions import longest
 from stage2_prior.evaluation.generation import GenerationReport
 from stage2_prior.guidance import Guidance
 from stage2_prior.training.latent_data import CaptionSource
-from stage2_prior.variants.captioning import CaptioningPrior
 
 
 class LitPrior(pl.LightningModule):
@@ -213,8 +212,8 @@ class LitPrior(pl.LightningModule):
         self.log("val/loss", loss.mean(), batch_size=rows, prog_bar=True, sync_dist=True)
         self.log("val/loss_first", loss[:, 0].mean(), batch_size=rows, sync_dist=True)
         self.log("val/loss_last", loss[:, -1].mean(), batch_size=rows, sync_dist=True)
-        if isinstance(self.prior, CaptioningPrior):
-            self.log("val/caption", self.prior.caption_losses(z, text).mean(), batch_size=rows, sync_dist=True)
+        for name, values in self.prior.figures(z, text).items():
+            self.log(f"val/{name}", values.mean(), batch_size=rows, sync_dist=True)
 
     def text(self, batch: dict[str, Any], longest_share: float) -> Text:
         """One caption per sample, or its label; a sample that has none is trained without (the null word)."""

@@ -153,7 +153,7 @@ def test_classification_counts_what_each_prefix_knows() -> None:
     wrong = classification_report(Knows(0), z.flip(0), captions, lines=8)  # type: ignore[arg-type]
     assert wrong["accuracy"] < 0.1  # control: lines of other captions
     same = classification_report(Knows(0), z, ["1"] * 12, lines=8)  # type: ignore[arg-type]
-    assert "nothing to tell apart" in same["skipped"]
+    assert "nothing to choose between" in same["skipped"]
 
 
 def test_classes_are_told_apart_by_one_caption_each() -> None:

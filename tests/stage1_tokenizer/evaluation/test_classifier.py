@@ -1,4 +1,4 @@
-"""Classifiers of the reports: what a scene's row says, that they learn to read it, and when a kept one is used."""
+"""Classifiers of the reports: what a scene's row holds, that they learn to read it, and when a kept one is used."""
 
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,8 @@ def test_a_part_of_the_training_pictures_is_drawn_at_random(tmp_path: Path) -> N
 
 def test_a_report_classifier_knows_classes_behind_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stage1_tokenizer.evaluation.classifier_fit.TRAINING_PICTURES", 60)
-    found = report_classifier(Data(tmp_path, colours(80)), tmp_path, budget=Budget(1, 60, batch_size=8))
-    assert found is not None and found.slots.sizes == [3]
+    classifier = report_classifier(Data(tmp_path, colours(80)), tmp_path, budget=Budget(1, 60, batch_size=8))
+    assert classifier is not None and classifier.slots.sizes == [3]
 
 
 def test_augmentation_moves_pictures_and_keeps_their_pixels() -> None:

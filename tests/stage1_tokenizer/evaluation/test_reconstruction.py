@@ -105,12 +105,12 @@ class References(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.loaded: list[str] = []
         self.tags: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.found += [value or "" for name, value in attributes if name in ("src", "href", "srcset")]
+        self.loaded += [value or "" for name, value in attributes if name in ("src", "href", "srcset")]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_page_stands_alone(made: tuple[dict[str, Any], Path, FakeData]) -> None:
     page = (folder / "reconstruction" / "report.html").read_text()
     references = References()
     references.feed(page)
-    assert references.found and all(value.startswith("data:image/png;base64,") for value in references.found)
+    assert references.loaded and all(value.startswith("data:image/png;base64,") for value in references.loaded)
     assert "http" not in page and "url(" not in page and "script" not in references.tags
     assert {"h1", "table", "img", "dl"} <= set(references.tags)
     assert list((folder / "reconstruction").glob("*.png"))

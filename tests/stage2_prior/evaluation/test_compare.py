@@ -27,12 +27,12 @@ def test_groups_are_summed_and_compared(tmp_path: Path, capsys: pytest.CaptureFi
     plain = [run(tmp_path / "b0", 33.0, {"nll": {"nats_per_latent": 14.5}}), run(tmp_path / "b1", 34.0)]
     out = tmp_path / "out"
     assert command(["compare", "--out", str(out), "--runs", "text", *text, "--runs", "plain", *plain]) == 0
-    found = json.loads((out / "metrics.json").read_text())
-    assert found["runs"] == {"text": text, "plain": plain}
-    psnr = found["figures"]["reconstruction.psnr.1"]
+    written = json.loads((out / "metrics.json").read_text())
+    assert written["runs"] == {"text": text, "plain": plain}
+    psnr = written["figures"]["reconstruction.psnr.1"]
     assert psnr["text"] == {"mean": 31.0, "std": 1.0, "n": 3}
     assert psnr["plain"] == {"mean": 33.5, "std": pytest.approx(0.5**0.5), "n": 2}
-    assert found["figures"]["generation.nll.nats_per_latent"] == {
+    assert written["figures"]["generation.nll.nats_per_latent"] == {
         "text": None,
         "plain": {"mean": 14.5, "std": None, "n": 1},
     }

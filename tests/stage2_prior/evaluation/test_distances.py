@@ -70,11 +70,11 @@ def test_same_captions_compare_like_with_like(keep: float, monkeypatch: pytest.M
     pictures, held = Pictures(), torch.rand(60, 3, 2, 2, generator=torch.Generator().manual_seed(4))
     real = {"images": held, "captions": [[str(i)] for i in range(60)]}  # 40 to 59 are of no training picture
     generated = {"2.0": pictures.train[:60]}  # a perfect sampler: another real picture of each caption
-    found = distance_report(lambda x: x.flatten(1), generated, held * keep, real, pictures, Blur(keep))  # type: ignore[arg-type]
-    same = found["same_captions"]
-    assert found["n"] == 60 and same["n"] == 40
+    report = distance_report(lambda x: x.flatten(1), generated, held * keep, real, pictures, Blur(keep))  # type: ignore[arg-type]
+    same = report["same_captions"]
+    assert report["n"] == 60 and same["n"] == 40
     if keep == 1:
-        assert found["reconstruction_real"] < 1e-6 < 0.01 < same["reconstruction_real"] == same["real_real"]
+        assert report["reconstruction_real"] < 1e-6 < 0.01 < same["reconstruction_real"] == same["real_real"]
     else:
         assert same["reconstruction_real"] > 2 * same["real_real"]
     assert same["generated_real"]["2.0"] == pytest.approx(same["real_real"])  # the twins are these pictures
