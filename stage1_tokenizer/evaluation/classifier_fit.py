@@ -89,8 +89,9 @@ def fit_classifier(
             accuracy = slot_accuracy(classifier, images[aside], targets[aside], device)["all"]
             elapsed = time.monotonic() - start
             left = "" if ended else f", at most {elapsed * (1 / progress - 1):.0f} s left"
-            name, share = classifier.feature_name, f"{accuracy:.2%} of set-aside pictures right"
-            tqdm.write(f"{name}: {share}, {elapsed:.0f} s{left}")
+            share = f"{accuracy:.2%} of set-aside pictures right"
+            bar.clear()
+            print(f"{classifier.feature_name}: {share}, {elapsed:.0f} s{left}", flush=True)
             if ended or accuracy >= budget.target:
                 break
     bar.close()

@@ -100,7 +100,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
-            f"got features {tuple(a.shape)} and {tuple(b.shape)}, wanted (N, D) and (M, D) with N and M of 2 or more"
+            f"got features {tuple(a.shape)} and {tuple(b.shape)}, wanted (N, D) and (M, D) with N and M of 2 or more; "
+            "take both from one extractor"
         )
     mean_a, root_a = _moments(a)
     mean_b, root_b = _moments(b)
@@ -128,7 +129,9 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[f
     Recall: reals inside the manifold of the fakes.
     """
     if min(len(real), len(fake)) <= neighbours:
-        raise ValueError(f"got {len(real)} and {len(fake)} pictures, wanted more than {neighbours} on each side")
+        raise ValueError(
+            f"got {len(real)} and {len(fake)} pictures, wanted more than {neighbours} on each side; take more"
+        )
     real, fake = real.double().cpu(), fake.double().cpu()
     return _inside(fake, real, neighbours), _inside(real, fake, neighbours)
 

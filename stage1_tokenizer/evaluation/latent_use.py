@@ -30,7 +30,9 @@ def latent_use(mean: Tensor, std: Tensor) -> LatentUse:
     rate of a code whose receiver knows only those two moments: an upper bound of the information in the position.
     """
     if mean.shape != std.shape or mean.ndim != 3:
-        raise ValueError(f"got mean {tuple(mean.shape)} and std {tuple(std.shape)}, wanted two equal (N, K, C)")
+        raise ValueError(
+            f"got mean {tuple(mean.shape)} and std {tuple(std.shape)}, wanted two equal (N, K, C); give one posterior"
+        )
     mean, std = mean.double().cpu(), std.double().cpu()
     variance = mean.var(dim=0, correction=0)  # (K, C)
     kl = 0.5 * (mean.square() + std.square() - 1) - std.log()  # (N, K, C); inf where std = 0

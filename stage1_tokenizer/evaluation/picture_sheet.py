@@ -22,7 +22,9 @@ def image_strip(images: Tensor, columns: int | None = None, scale: int = 1) -> I
     Raises ValueError for another shape, or no picture.
     """
     if images.ndim != 4 or len(images) == 0 or images.shape[1] != 3:
-        raise ValueError(f"got pictures of shape {tuple(images.shape)}, wanted (N, 3, H, W) with N of 1 or more")
+        raise ValueError(
+            f"got pictures of shape {tuple(images.shape)}, wanted (N, 3, H, W) with N of 1 or more; stack them"
+        )
     columns = columns or len(images)
     rows = math.ceil(len(images) / columns)
     h, w = images.shape[-2:]

@@ -70,7 +70,9 @@ class Report:
         Raises ValueError for a row of another length than the columns.
         """
         if any(len(row) != len(columns) for row in rows):
-            raise ValueError(f"got rows of {sorted({len(r) for r in rows})} cells for {len(columns)} columns")
+            raise ValueError(
+                f"got rows of {sorted({len(r) for r in rows})} cells, wanted {len(columns)}: one for each column"
+            )
         # Numbers are set to the right, words to the left; a column of words has its heading there too.
         words = [i for i in range(len(columns)) if any(WORDS.search(row[i]) for row in rows)]
         set_back = [i for i, row in enumerate(rows) if quiet and row[0].startswith(quiet)]
@@ -96,7 +98,9 @@ class Report:
         Raises ValueError for a row of another length than the columns.
         """
         if any(len(strips) != len(columns) for _, strips in rows):
-            raise ValueError(f"got rows of {sorted({len(s) for _, s in rows})} strips for {len(columns)} columns")
+            raise ValueError(
+                f"got rows of {sorted({len(s) for _, s in rows})} strips, wanted {len(columns)}: one for each column"
+            )
         scale = max(1, 64 // rows[0][1][0].shape[-1])
         for index, column in enumerate(columns):
             name = _slug(heading if len(columns) == 1 else f"{heading} {column}")

@@ -55,7 +55,7 @@ def retrieval(
     if len(query_captions) != len(queries) or len(candidate_captions) != len(candidates):
         raise ValueError(
             f"got {len(query_captions)} and {len(candidate_captions)} captions for {len(queries)} queries and "
-            f"{len(candidates)} candidates, wanted one caption for each"
+            f"{len(candidates)} candidates, wanted one caption for each; leave out what has none"
         )
     ids = {caption: index for index, caption in enumerate(dict.fromkeys(candidate_captions))}
     candidate_ids = torch.tensor([ids[caption] for caption in candidate_captions])

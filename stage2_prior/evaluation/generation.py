@@ -83,7 +83,7 @@ class GenerationReport:
 
     def measure(self, prior: Prior, tokenizer: LatentSpace, data: HeldOutData, run_dir: Path) -> Path:
         """As `write`, with a prior in eval mode and without gradients."""
-        from stage2_prior.evaluation.generation_page import Pictures, page  # plotting: only this command needs it
+        from stage2_prior.evaluation.generation_page import Pictures, headlines, page  # plotting: only this command
 
         held = held_out_latents(data, tokenizer, self.num_captions, self.batch_size)
         encoded = data.data_dir if "images" in held else str(run_dir / "data")
@@ -121,7 +121,11 @@ class GenerationReport:
         metrics |= self.likelihoods(prior, z.to(device_of(prior)), captions, held)
         metrics["provenance"] = provenance(self.seed)
         pictures = Pictures(captions, real["images"], generated, same)
-        return page(metrics, pictures, str(self.guidance)).write(run_dir / "generation", metrics)
+        figures = headlines(metrics, str(self.guidance))
+        metrics["figures"] = [vars(figure) for figure in figures]
+        written = page(metrics, pictures, str(self.guidance)).write(run_dir / "generation", metrics)
+        print("\n".join([f"generation report: {written}", *map(str, figures)]), flush=True)
+        return written
 
     def likelihoods(self, prior: Prior, z: Tensor, captions: list[str], held: dict[str, Any]) -> dict[str, Any]:
         """What the prior makes of held-out lines z (N,K,C): `nll`, `classification_by_likelihood`, `captioning`."""

@@ -233,8 +233,7 @@ class LitPrior(pl.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, CaptionSource), "it has the captions that `fit` asked for"
         if self.trainer.is_global_zero:
-            page = self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
-            print(f"generation report: {page}", flush=True)
+            self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         captions = [c[0] for c in batch["captions"]]

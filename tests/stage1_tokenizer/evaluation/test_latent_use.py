@@ -19,8 +19,3 @@ def test_rate_of_a_gaussian_channel_and_active_units() -> None:
 
 def test_rate_of_a_deterministic_code_is_infinite() -> None:
     assert latent_use(torch.randn(10, 2, 3), torch.zeros(10, 2, 3)).rate_bits.isinf().all()
-
-
-def test_posteriors_of_two_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="wanted two equal"):
-        latent_use(torch.zeros(3, 2, 4), torch.ones(3, 2, 5))
