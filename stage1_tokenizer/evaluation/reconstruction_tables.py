@@ -139,7 +139,7 @@ def curves(report: Report, metrics: Mapping[str, Any], lengths: Sequence[int]) -
     if all(map(math.isfinite, rate)):
         positions = list(range(1, len(rate) + 1))
         by_position: Series = {"KL to N(0, 1)": (positions, rate), "active units": (positions, units)}
-        report.curve("Rate of each latent", "position", "bits", by_position)
+        report.curve("Rate and active units of each latent", "position", "bits; channels in use", by_position)
 
 
 def _over(lengths: Sequence[int], by_label: Mapping[str, Mapping[int, float]]) -> Series:
