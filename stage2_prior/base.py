@@ -1,9 +1,8 @@
 """The contract of all priors: caption -> a line of latents, and what they share whatever their transformer does.
 
-A prior belongs to one latent space. It keeps the tokenizer's fingerprint, and refuses latents or a tokenizer of another
-shape or with other statistics. What a caption becomes in front of the line is up to a `Condition` (words of the prior's
-own by default); its null row stands for "no caption", which is what an unconditional sample is asked with and what a
-share of the training captions is replaced by.
+A prior belongs to one latent space (`latent_space`). What a caption becomes in front of the line is up to a `Condition`
+(words of the prior's own by default); its null row stands for "no caption", which is what an unconditional sample is
+asked with and what a share of the training captions is replaced by.
 
 `sample` and `log_prob` check what they are given, once for all priors; how a line is drawn or scored is the business of
 `draw` and `score`, which each member writes.
@@ -13,9 +12,8 @@ Letters: B batch, K latents, C latent channels, L caption tokens, R rows of a ba
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,67 +24,13 @@ from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.conditions import Condition, TrainingData
 from stage2_prior.guidance import ALWAYS, Guidance
 from stage2_prior.heads.solvers import Solver
+from stage2_prior.latent_space import LatentSpace, PriorError, SpaceBound, load_space
+from stage2_prior.request import Request, Text
 
-FINGERPRINT_LENGTH = 16
-
-
-class PriorError(ValueError):
-    """Latents, captions or options that this prior cannot work with."""
+__all__ = ["LatentSpace", "Prior", "PriorError", "Request", "Text", "load_space"]
 
 
-@runtime_checkable
-class LatentSpace(Protocol):
-    """What a prior and its report ask of a tokenizer: identity, pictures to latents and back."""
-
-    num_latents: int
-    latent_dim: int
-    image_size: int
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
-
-
-def load_space(path: str | Path, device: torch.device | str = "cpu") -> LatentSpace:
-    """The exported tokenizer in a folder, learned or of raw patches. Errors as `Tokenizer.from_pretrained`."""
-    module = load_module(nn.Module, path).to(device)
-    if not isinstance(module, LatentSpace):
-        raise PriorError(f"{path} holds a {type(module).__name__}, wanted a tokenizer; name the folder that it is in.")
-    return module
-
-
-class Text(NamedTuple):
-    """Captions as the prior reads them: ids (B,L) long of its condition, text_mask (B,L) bool, True = a real token."""
-
-    ids: Tensor
-    text_mask: Tensor
-
-
-@dataclass
-class Request:
-    """What `draw` is asked for, checked."""
-
-    text: Text  # R rows: B captions and, where guidance needs them, their B unconditional twins behind
-    prefix: Tensor  # (B,p,C) float32: the first latents, p may be 0; kept where `known`
-    known: Tensor  # (B,p) bool
-    num_latents: int  # n, p <= n <= K: the line ends there
-    scales: list[float]  # K guidance scales, by position
-    interval: tuple[float, float]  # times at which guidance acts
-    temperature: float
-    steps: int | None = None
-    solver: Solver | None = None
-    generator: torch.Generator | None = None
-
-    @property
-    def captions(self) -> int:
-        """B."""
-        return len(self.prefix)
-
-
-class Prior(Spec, nn.Module):
+class Prior(Spec, SpaceBound):
     """Contract of all priors, and what they share: captions, identity of the latent space, files, checks.
 
     Args:
@@ -95,17 +39,14 @@ class Prior(Spec, nn.Module):
         caption_dropout: share of captions replaced by the null word in training (guidance needs it), in [0, 1].
     """
 
-    fingerprint_bytes: Tensor
     held = torch.float32  # dtype of the linear layers' weights: see `hold`
     words: Condition  # what captions become; set by every prior, of the width of its transformer
 
     def __init__(self, num_latents: int, latent_dim: int, vocabulary: CaptionVocabulary | None, caption_dropout: float):
-        super().__init__()
+        super().__init__(num_latents, latent_dim)
         if not 0 <= caption_dropout <= 1:
             raise PriorError(f"got caption_dropout={caption_dropout}, wanted a share from 0 to 1.")
-        self.num_latents, self.latent_dim = num_latents, latent_dim
         self.vocabulary, self.caption_dropout = vocabulary, caption_dropout
-        self.register_buffer("fingerprint_bytes", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.uint8))
 
     # -- the contract -------------------------------------------------------------------------------------------------
 
@@ -179,46 +120,6 @@ class Prior(Spec, nn.Module):
     def caption(self, z: Tensor) -> list[str]:
         """z (B,K,C) standardised -> a caption of each line. Raises PriorError for a prior that only draws."""
         raise PriorError(f"got a {type(self).__name__}, which does not read lines out; use a CaptioningPrior.")
-
-    # -- the latent space ---------------------------------------------------------------------------------------------
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the tokenizer whose latents this prior models; empty before `bind`."""
-        return bytes(self.fingerprint_bytes.tolist()).decode("ascii").strip("\0")
-
-    def bind(self, num_latents: int, latent_dim: int, fingerprint: str) -> None:
-        """Tie this prior to a latent space. Raises PriorError for another shape, no identity, or another space."""
-        if not fingerprint:
-            raise PriorError(
-                "these latents carry no tokenizer fingerprint, so their statistics are unknown; write them with"
-                " `python -m stage1_tokenizer predict`."
-            )
-        self.check_space(num_latents, latent_dim, fingerprint)
-        code = fingerprint.encode("ascii")[:FINGERPRINT_LENGTH].ljust(FINGERPRINT_LENGTH, b"\0")
-        self.fingerprint_bytes.copy_(torch.tensor(list(code), dtype=torch.uint8))
-
-    def check(self, tokenizer: LatentSpace) -> None:
-        """Raises PriorError unless `tokenizer` is the one whose latents this prior was trained on."""
-        self.check_space(tokenizer.num_latents, tokenizer.latent_dim, tokenizer.fingerprint)
-
-    def check_space(self, num_latents: int, latent_dim: int, fingerprint: str) -> None:
-        if (num_latents, latent_dim) != (self.num_latents, self.latent_dim):
-            raise PriorError(
-                f"got latents of {num_latents} x {latent_dim}, wanted {self.num_latents} x {self.latent_dim};"
-                " set num_latents and latent_dim of the prior to the tokenizer's."
-            )
-        if self.fingerprint and self.fingerprint != fingerprint[:FINGERPRINT_LENGTH]:
-            raise PriorError(
-                f"got latents of tokenizer {fingerprint}, wanted {self.fingerprint}: same shape, but other weights or"
-                " statistics; encode with the tokenizer that this prior was trained on, or train a new prior."
-            )
-
-    def check_latents(self, z: Tensor) -> Tensor:
-        if z.ndim != 3 or z.shape[1:] != (self.num_latents, self.latent_dim):
-            wanted = f"(B, {self.num_latents}, {self.latent_dim})"
-            raise PriorError(f"got latents of shape {tuple(z.shape)}, wanted {wanted}.")
-        return z
 
     # -- captions -----------------------------------------------------------------------------------------------------
 

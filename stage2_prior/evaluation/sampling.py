@@ -3,6 +3,7 @@
 Letters: N captions, K latents, C latent channels.
 """
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -45,6 +46,8 @@ class Sampler:
         device = device_of(prior)
         generator = torch.Generator(device=device).manual_seed(self.seed)
         dtype = matmul_dtype(device)
+        if dtype != torch.float32:
+            prior = copy.deepcopy(prior).hold(dtype)  # else every call of every layer converts its weights
         start, latents, pictures = time.perf_counter(), [], []
         for at in range(0, len(captions), self.batch_size):
             asked = captions[at : at + self.batch_size]

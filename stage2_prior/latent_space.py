@@ -1,0 +1,96 @@
+"""The latent space that a prior belongs to: what it asks of a tokenizer, and the fingerprint that ties it to one.
+
+A prior over latents of another tokenizer draws noise, and nothing in their shape says so. `SpaceBound` keeps the
+fingerprint of the tokenizer whose latents it was trained on in a buffer, so that it travels with every export, and
+refuses latents or a tokenizer of another shape or with other statistics.
+
+Letters: B batch, K latents, C latent channels.
+"""
+
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from stage1_tokenizer.export import load_module
+
+FINGERPRINT_LENGTH = 16
+
+
+class PriorError(ValueError):
+    """Latents, captions or options that this prior cannot work with."""
+
+
+@runtime_checkable
+class LatentSpace(Protocol):
+    """What a prior and its report ask of a tokenizer: identity, pictures to latents and back."""
+
+    num_latents: int
+    latent_dim: int
+    image_size: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+def load_space(path: str | Path, device: torch.device | str = "cpu") -> LatentSpace:
+    """The exported tokenizer in a folder, learned or of raw patches. Errors as `Tokenizer.from_pretrained`."""
+    module = load_module(nn.Module, path).to(device)
+    if not isinstance(module, LatentSpace):
+        raise PriorError(f"{path} holds a {type(module).__name__}, wanted a tokenizer; name the folder that it is in.")
+    return module
+
+
+class SpaceBound(nn.Module):
+    """What is tied to a latent space of num_latents x latent_dim (K x C)."""
+
+    fingerprint_bytes: Tensor
+
+    def __init__(self, num_latents: int, latent_dim: int):
+        super().__init__()
+        self.num_latents, self.latent_dim = num_latents, latent_dim
+        self.register_buffer("fingerprint_bytes", torch.zeros(FINGERPRINT_LENGTH, dtype=torch.uint8))
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the tokenizer whose latents this prior models; empty before `bind`."""
+        return bytes(self.fingerprint_bytes.tolist()).decode("ascii").strip("\0")
+
+    def bind(self, num_latents: int, latent_dim: int, fingerprint: str) -> None:
+        """Tie this prior to a latent space. Raises PriorError for another shape, no identity, or another space."""
+        if not fingerprint:
+            raise PriorError(
+                "these latents carry no tokenizer fingerprint, so their statistics are unknown; write them with"
+                " `python -m stage1_tokenizer predict`."
+            )
+        self.check_space(num_latents, latent_dim, fingerprint)
+        code = fingerprint.encode("ascii")[:FINGERPRINT_LENGTH].ljust(FINGERPRINT_LENGTH, b"\0")
+        self.fingerprint_bytes.copy_(torch.tensor(list(code), dtype=torch.uint8))
+
+    def check(self, tokenizer: LatentSpace) -> None:
+        """Raises PriorError unless `tokenizer` is the one whose latents this prior was trained on."""
+        self.check_space(tokenizer.num_latents, tokenizer.latent_dim, tokenizer.fingerprint)
+
+    def check_space(self, num_latents: int, latent_dim: int, fingerprint: str) -> None:
+        if (num_latents, latent_dim) != (self.num_latents, self.latent_dim):
+            raise PriorError(
+                f"got latents of {num_latents} x {latent_dim}, wanted {self.num_latents} x {self.latent_dim};"
+                " set num_latents and latent_dim of the prior to the tokenizer's."
+            )
+        if self.fingerprint and self.fingerprint != fingerprint[:FINGERPRINT_LENGTH]:
+            raise PriorError(
+                f"got latents of tokenizer {fingerprint}, wanted {self.fingerprint}: same shape, but other weights or"
+                " statistics; encode with the tokenizer that this prior was trained on, or train a new prior."
+            )
+
+    def check_latents(self, z: Tensor) -> Tensor:
+        """z, if its shape is (B,K,C). Raises PriorError for another."""
+        if z.ndim != 3 or z.shape[1:] != (self.num_latents, self.latent_dim):
+            wanted = f"(B, {self.num_latents}, {self.latent_dim})"
+            raise PriorError(f"got latents of shape {tuple(z.shape)}, wanted {wanted}.")
+        return z
