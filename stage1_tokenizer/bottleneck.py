@@ -5,10 +5,43 @@ the prior use. Every map acts on each position alone, so prefixes stay exact.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Bottleneck
 from stage1_tokenizer.layers import Linears
+from stage1_tokenizer.spec import Spec
+
+
+class Bottleneck(Spec, nn.Module):
+    """Features -> latents, position by position; `shift` is added to the latents' mean (a linear path).
+
+    `project` maps features to the means, its first C columns, and to what else the class needs.
+    """
+
+    num_latents: int
+    latent_dim: int
+    project: Linears
+    rounds = False  # True: a mean jumps at borders, so that it must be computed from all latents alike for any prefix
+
+    def linear(self, z: Tensor) -> Tensor:
+        """Latents (B,k,C) before standardisation -> the coefficients (B,k,C) that a linear path reads them as.
+
+        The expected mean given the latent, for coefficients of zero mean and unit variance: where `forward` adds noise
+        or nothing, the latent itself.
+        """
+        return z
+
+    @torch.no_grad()
+    def start_silent(self) -> None:
+        """Begin with means that are `shift` alone: the noise of an untrained encoder would bury it for long."""
+        self.project.weight[..., : self.latent_dim] = 0
+
+    def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """h (B,k,D) -> (z (B,k,C) as the decoder sees it in training, losses and figures)."""
+        raise NotImplementedError
+
+    def posterior(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """h (B,k,D) -> (mean, std), each (B,k,C); std is zero where encoding has no noise."""
+        raise NotImplementedError
 
 
 class KLBottleneck(Bottleneck):

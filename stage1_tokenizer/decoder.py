@@ -12,8 +12,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import PixelDecoder
 from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, decayed, embedding, training_only
+from stage1_tokenizer.spec import Spec
+
+
+class Decoder(Spec, nn.Module):
+    """Latents and a mask of the visible ones (True = visible) -> images; `base` is a linear path's reconstruction."""
+
+    num_latents: int
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the last layer, where an adaptive loss weight is measured."""
+        raise NotImplementedError
+
+    def losses(self, z: Tensor, keep_mask: Tensor, images: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z (B,K,C), keep_mask (B,K), images (B,3,H,W) -> (reconstruction (B,3,H,W), loss per image (B,))."""
+        raise NotImplementedError
+
+    def decode(
+        self, z: Tensor, keep_mask: Tensor, base: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """z (B,K,C), keep_mask (B,K) -> images (B,3,H,W)."""
+        raise NotImplementedError
+
+
+class PixelDecoder(Decoder):
+    """A decoder whose one picture is the answer: `forward(z, keep_mask, base)`, trained by squared error."""
+
+    def losses(self, z: Tensor, keep_mask: Tensor, images: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(reconstruction (B,3,H,W), squared error per image (B,))."""
+        out = self(z, keep_mask, base)
+        return out, (out - images).square().mean((1, 2, 3))
+
+    def decode(
+        self, z: Tensor, keep_mask: Tensor, base: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return self(z, keep_mask, base)
 
 
 class ConvTail(nn.Module):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Encoder, Trunk
 from stage1_tokenizer.layers import (
     Block,
     LayerNorm,
@@ -26,6 +25,38 @@ from stage1_tokenizer.layers import (
     hidden_patches,
     training_only,
 )
+from stage1_tokenizer.spec import Spec
+
+
+class Trunk(Spec, nn.Module):
+    """images -> patches, for an encoder to read. A patch is told from the others by its place and by nothing else."""
+
+    image_size: int
+    num_patches: int
+    width: int
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B,3,H,W) -> patches (B,N,D)."""
+        raise NotImplementedError
+
+    def check(self, images: Tensor) -> None:
+        """Raises ValueError for images of another size."""
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"got images of shape {tuple(images.shape)}, wanted (B, 3, {self.image_size}, {self.image_size}): make "
+                "the data's image_size and the model's equal."
+            )
+
+
+class Encoder(Spec, nn.Module):
+    """images -> ordered features. The first k outputs must not depend on how many there are."""
+
+    num_latents: int
+    width: int
+
+    def forward(self, images: Tensor, k: int | None = None) -> Tensor:
+        """images (B,3,H,W), k (None: K) -> h (B,k,D)."""
+        raise NotImplementedError
 
 
 class PatchTrunk(Trunk):

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Bottleneck, Decoder, Encoder
+from stage1_tokenizer.bottleneck import Bottleneck
+from stage1_tokenizer.decoder import Decoder
+from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.linear_path import LinearPath
 from stage1_tokenizer.prefixes import PrefixLengths, keep_mask
 from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.text.supervision import PrefixText
-from stage1_tokenizer.text.vocabulary import CaptionVocabulary
+from stage1_tokenizer.supervision import Supervision
 
 
 class Tokenizer(Spec, nn.Module):
@@ -55,23 +56,20 @@ class Tokenizer(Spec, nn.Module):
         bottleneck: Bottleneck,
         decoder: Decoder,
         lengths: PrefixLengths | None = None,
-        text: PrefixText | None = None,
+        text: Supervision | None = None,
         linear_path: LinearPath | None = None,
     ):
         super().__init__()
         parts: dict[str, Any] = {"bottleneck": bottleneck, "decoder": decoder, "lengths": lengths}
         parts["linear_path"] = linear_path
         if text is not None:
-            parts |= {"text.reader": text.reader, "text.captioner": text.captioner}
-        read = "latent_dim" if bottleneck.read_dim == bottleneck.latent_dim else "read_dim"
+            parts |= {f"text.{name}": part for name, part in text.sized().items()}
         sizes = {
             "num_latents": ("encoder.num_latents", encoder.num_latents),
-            "latent_dim": (f"bottleneck.{read}", bottleneck.read_dim),
+            "latent_dim": ("bottleneck.latent_dim", bottleneck.latent_dim),
         }
         for name, part in parts.items():
             for size, (owner, wanted) in sizes.items():
-                if owner.startswith(name):  # the bottleneck decides what is read of its latents
-                    continue
                 # an attribute, or else an argument of the constructor; a part that has neither cannot disagree
                 got = getattr(part, size, part.spec["init_args"].get(size, wanted)) if part is not None else wanted
                 if got != wanted:
@@ -112,36 +110,38 @@ class Tokenizer(Spec, nn.Module):
         if z.ndim != 3 or z.shape[-1] != self.latent_dim:
             raise ValueError(f"got latents of shape {tuple(z.shape)}, wanted (B, k, {self.latent_dim}).")
         k = self.check_length(z.shape[1])
-        raw = self.read(z)
-        raw = F.pad(raw, (0, 0, 0, self.num_latents - k))  # (B,K,C'), C' of `Bottleneck.read_dim`
+        raw = F.pad(self.unstandardised(z), (0, 0, 0, self.num_latents - k))  # (B,K,C)
         keep = keep_mask(torch.full((len(z),), k, device=z.device), self.num_latents)
-        base = self.linear_path.decode(raw, keep) if self.linear_path is not None else None
+        base = self.base(raw, keep)
         return self.decoder.decode(raw, keep, base, generator=generator).float().clamp(-1, 1)
 
     def embed_text(self, captions: list[str]) -> Tensor:
         """list[str] -> (B,E) unit vectors. Raises ValueError without text supervision."""
-        text = self.text_part()
-        return text.tower(text.vocabulary.encode(captions)[0])
+        return self.text_part().embed_text(captions)
 
     def embed_latents(self, z: Tensor) -> Tensor:
         """z (B,k,C) standardised, any 1 <= k <= K -> (B,E) unit vectors in the space of `embed_text`.
 
         Text is trained on the prefixes in `text.lengths`: the longest of them within k is what is read, or the shortest
-        of them, with the latents that are there, if k is below it (`PrefixText.embed`).
+        of them, with the latents that are there, if k is below it (`Supervision.embed`).
         """
         self.check_length(z.shape[1])
-        return self.text_part().embed(self.read(z))
+        return self.text_part().embed(self.unstandardised(z))
 
-    def read(self, z: Tensor) -> Tensor:
-        """z (B,k,C) standardised -> what decoder and text part read of it (B,k,C'): see `Bottleneck.read`."""
+    def unstandardised(self, z: Tensor) -> Tensor:
+        """z (B,k,C) standardised -> as bottleneck, decoder and supervision have it (B,k,C)."""
         k = z.shape[1]
-        return self.bottleneck.read(z * self.latent_scale[:k] + self.latent_mean[:k])
+        return self.bottleneck.snap(z * self.latent_scale[:k] + self.latent_mean[:k])
+
+    def base(self, z: Tensor, keep: Tensor) -> Tensor | None:
+        """What the linear path makes of latents z (B,K,C) before standardisation: (B,3,H,W), None without one."""
+        return None if self.linear_path is None else self.linear_path.decode(self.bottleneck.linear(z), keep)
 
     @property
-    def vocabulary(self) -> CaptionVocabulary:
+    def vocabulary(self) -> Any:
         return self.text_part().vocabulary
 
-    def text_part(self) -> PrefixText:
+    def text_part(self) -> Supervision:
         if self.text is None:
             raise ValueError("this tokenizer was built without text supervision (text: null); use one that has it.")
         return self.text
@@ -173,7 +173,7 @@ class Tokenizer(Spec, nn.Module):
         z, target = torch.cat([z, z[rows]]), torch.cat([images, images[rows]])
         k = torch.cat([extra.new_full((batch,), self.num_latents), extra])
         keep = keep_mask(k, self.num_latents)
-        base = self.linear_path.decode(z, keep) if self.linear_path is not None else None
+        base = self.base(z, keep)
         x, error = self.decoder.losses(z, keep, target, base)  # (B+b,3,H,W), (B+b,)
         parts = {"pixel": error[:batch].mean()}
         if len(extra) and self.lengths is not None:

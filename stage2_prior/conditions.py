@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.layers import MATRIX, embedding, mark
 from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.text.open_clip_tower import OpenClipTower
+from stage1_tokenizer.text.towers import OpenClipTower
 from stage1_tokenizer.text.supervision import TextTower
 from stage1_tokenizer.text.vocabulary import END, CaptionVocabulary
 from stage2_prior.captions import longest

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.evaluation.image_metrics import SSIM_WINDOW, ssim
-from stage1_tokenizer.lpips_network import LPIPS_TRUNKS, WeightsError, lpips_network, trunk_file
+from stage1_tokenizer.similarity import LPIPS_TRUNKS, WeightsError, lpips_network, trunk_file
 from stage1_tokenizer.spec import Spec
 
 

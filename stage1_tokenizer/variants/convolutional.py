@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import PixelDecoder, Trunk
+from stage1_tokenizer.decoder import PixelDecoder
+from stage1_tokenizer.encoder import Trunk
 from stage1_tokenizer.layers import MATRIX, decayed, embedding, mark
 
 

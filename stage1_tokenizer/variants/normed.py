@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stage1_tokenizer.contract import Bottleneck
+from stage1_tokenizer.bottleneck import Bottleneck
 from stage1_tokenizer.layers import Linears
 
 

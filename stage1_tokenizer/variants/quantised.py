@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Bottleneck
+from stage1_tokenizer.bottleneck import Bottleneck
 from stage1_tokenizer.layers import Linears, decayed
 
 

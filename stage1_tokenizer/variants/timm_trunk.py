@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Trunk
+from stage1_tokenizer.encoder import Trunk
 from stage1_tokenizer.layers import DECAY, hidden_patches, mark, training_only
 
 KERNEL = "patch_embed.proj.weight"

@@ -13,7 +13,7 @@ Letters: B batch, N patches, K latents, k prefix length, D width.
 import torch
 from torch import Tensor, nn
 
-from stage1_tokenizer.contract import Encoder, Trunk
+from stage1_tokenizer.encoder import Encoder, Trunk
 from stage1_tokenizer.layers import Block, LayerNorm, StaticMix, embedding, training_only
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from stage1_tokenizer.encoder import QFormerEncoder
 from stage1_tokenizer.spec import build
-from stage1_tokenizer.text.open_clip_tower import OpenClipTower, WholeVocabulary
+from stage1_tokenizer.text.towers import OpenClipTower, WholeVocabulary
 from stage1_tokenizer.text.supervision import PrefixReader, PrefixText, SoftmaxContrast
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.variants.timm_trunk import TimmTrunk

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric, ssim
-from stage1_tokenizer.lpips_network import WeightsError
+from stage1_tokenizer.similarity import WeightsError
 from stage1_tokenizer.training.losses import LPIPSLoss, PixelLoss, StructureLoss
 
 

@@ -1,22 +1,93 @@
-"""The text side of a pretrained open_clip model as the text tower of the prefix losses.
+"""Text towers: captions to unit vectors, trained from scratch or open_clip's pretrained.
 
-A tower that has read hundreds of millions of captions knows words that a small set of pictures never teaches. It comes
-with its whole vocabulary and, as a rule, frozen: then it is a fixed space that prefixes learn to point into, costs no
-gradient and no optimiser state, and what remains per step is one forward pass of text.
+`TextTower` is open_clip's TextTransformer over a small vocabulary of its own. `OpenClipTower` is the text side of a
+pretrained model: it has read hundreds of millions of captions, knows words that a small set of pictures never teaches,
+and comes with its whole vocabulary. As a rule it is frozen: a fixed space that prefixes learn to point into, without
+gradient or optimiser state; what remains per step is one forward pass of text.
+
+open_clip is imported when a tower is built: it takes longer than torch, and a tokenizer without text needs none of it.
+
+Letters: B batch, L text tokens, E embedding width, W token width.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stage1_tokenizer.layers import MATRIX, mark
 from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.text.vocabulary import BPE_SIZE, END, SPECIAL, START, CaptionVocabulary
+from stage1_tokenizer.text.vocabulary import BPE_SIZE, END, PAD, SPECIAL, START, CaptionVocabulary
 
 CLIP_START, CLIP_END = BPE_SIZE - 2, BPE_SIZE - 1
+
+
+class Tower(Spec, nn.Module):
+    """Contract of text towers: ids (B,L) of `vocabulary` -> unit vectors (B,E)."""
+
+    vocabulary: CaptionVocabulary
+    embed_dim: int
+    transformer: nn.Module
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B,L) -> unit vectors (B,E)."""
+        raise NotImplementedError
+
+    def tokens(self, ids: Tensor, skip: int = 0) -> Tensor:
+        """ids (B,L) -> features of every token (B,L,W), as `token_features`; W is `token_width`."""
+        raise NotImplementedError
+
+    def check_weights(self) -> None:
+        """Raises ValueError for a tower that cannot be trained with as it is."""
+
+    @property
+    def token_width(self) -> int:
+        width: int = self.transformer.width  # type: ignore[assignment]
+        return width
+
+
+class TextTower(Tower):
+    """open_clip's TextTransformer over a `CaptionVocabulary`, trained from scratch: ids (B,L) -> unit vectors (B,E)."""
+
+    def __init__(
+        self, vocabulary: CaptionVocabulary, width: int = 128, layers: int = 2, heads: int = 2, embed_dim: int = 128
+    ):
+        from open_clip.transformer import TextTransformer
+
+        super().__init__()
+        self.vocabulary, self.embed_dim = vocabulary, embed_dim
+        self.transformer = TextTransformer(
+            context_length=vocabulary.context_length,
+            vocab_size=vocabulary.rows,
+            width=width,
+            heads=heads,
+            layers=layers,
+            output_dim=embed_dim,
+            no_causal_mask=True,
+            use_pad_mask=True,
+            pad_id=PAD,
+            eos_id=END,
+            pool_type="eos",
+        )
+        nn.init.normal_(self.transformer.token_embedding.weight, std=0.7)  # open_clip's 0.02 learns late: see layers.py
+        nn.init.normal_(self.transformer.positional_embedding, std=0.7)
+        for parameter in self.transformer.transformer.parameters():
+            if parameter.ndim == 2:
+                mark(parameter, MATRIX)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        # the backward of fused attention on a CPU would take a third of a text step (see layers.attend)
+        plain = ids.device.type == "cpu" and torch.is_grad_enabled()
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return F.normalize(self.transformer(ids).float(), dim=-1)  # (B,E)
+
+    def tokens(self, ids: Tensor, skip: int = 0) -> Tensor:
+        """ids (B,L) -> features of every token (B,L,W), as `token_features`; W is `token_width`."""
+        return token_features(self.transformer, ids, skip)
 
 
 class WholeVocabulary(CaptionVocabulary):
@@ -33,7 +104,7 @@ class WholeVocabulary(CaptionVocabulary):
         return 0
 
 
-class OpenClipTower(Spec, nn.Module):
+class OpenClipTower(Tower):
     """open_clip's text transformer of a named model: ids (B,L) -> unit vectors (B,E).
 
     Args:
@@ -55,6 +126,8 @@ class OpenClipTower(Spec, nn.Module):
         checkpoint: str | None = None,
         frozen: bool = True,
     ):
+        import open_clip
+
         super().__init__()
         if checkpoint is not None and not Path(checkpoint).is_file():
             raise FileNotFoundError(f"{checkpoint} does not exist; wanted open_clip weights of {model}.")
@@ -97,11 +170,6 @@ class OpenClipTower(Spec, nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return token_features(self.transformer, self.clip_ids(ids), skip)[:, : ids.shape[1]]
 
-    @property
-    def token_width(self) -> int:
-        width: int = self.transformer.width
-        return width
-
     def clip_ids(self, ids: Tensor) -> Tensor:
         """ids (B,L) -> the model's own ids, padded to its length: open_clip's mask has one size."""
         return F.pad(self.clip_id[ids], (0, self.transformer.context_length - ids.shape[1]))
@@ -114,14 +182,14 @@ def token_features(transformer: nn.Module, ids: Tensor, skip: int = 0) -> Tensor
     """
     text: Any = transformer
     if skip:
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         block = text.transformer.resblocks[-1 - skip]
-        hook = block.register_forward_hook(lambda module, inputs, output: found.append(output))
+        hook = block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
         try:
             text(ids)
         finally:
             hook.remove()
-        x = found[0] if text.transformer.batch_first else found[0].transpose(0, 1)  # (B,L,W)
+        x = outputs[0] if text.transformer.batch_first else outputs[0].transpose(0, 1)  # (B,L,W)
         return F.layer_norm(x, x.shape[-1:])
     before, text.output_tokens = text.output_tokens, True
     try:
