@@ -1,30 +1,28 @@
-from .bottleneck import KLBottleneck as KLBottleneck
-from .contract import (
-    Bottleneck as Bottleneck,
-    Decoder as Decoder,
-    Encoder as Encoder,
-    PixelDecoder as PixelDecoder,
-    Trunk as Trunk,
-)
-from .decoder import ViTDecoder as ViTDecoder
-from .encoder import PatchTrunk as PatchTrunk, QFormerEncoder as QFormerEncoder
+from .bottleneck import Bottleneck as Bottleneck, KLBottleneck as KLBottleneck
+from .decoder import Decoder as Decoder, PixelDecoder as PixelDecoder, ViTDecoder as ViTDecoder
+from .encoder import Encoder as Encoder, PatchTrunk as PatchTrunk, QFormerEncoder as QFormerEncoder, Trunk as Trunk
 from .linear_path import LinearPath as LinearPath
 from .prefixes import PrefixLengths as PrefixLengths
+from .supervision import Supervision as Supervision
 from .text.captioner import PrefixCaptioner as PrefixCaptioner
-from .text.memory import CaptionMemory as CaptionMemory
-from .text.open_clip_tower import OpenClipTower as OpenClipTower, WholeVocabulary as WholeVocabulary
-from .text.supervision import (
+from .text.contrast import (
     MaxOverQueries as MaxOverQueries,
-    PrefixReader as PrefixReader,
-    PrefixText as PrefixText,
-    QueryReader as QueryReader,
     SigmoidContrast as SigmoidContrast,
     SoftmaxContrast as SoftmaxContrast,
+)
+from .text.memory import CaptionMemory as CaptionMemory
+from .text.readers import PrefixReader as PrefixReader, QueryReader as QueryReader
+from .text.supervision import PrefixText as PrefixText
+from .text.towers import (
+    OpenClipTower as OpenClipTower,
     TextTower as TextTower,
+    Tower as Tower,
+    WholeVocabulary as WholeVocabulary,
 )
 from .text.vocabulary import CaptionVocabulary as CaptionVocabulary
 from .tokenizer import Tokenizer as Tokenizer
 from .training.adversarial import AdversarialLoss as AdversarialLoss, PatchDiscriminator as PatchDiscriminator
+from .training.lit_adversarial import LitAdversarial as LitAdversarial
 from .training.lit_tokenizer import LitTokenizer as LitTokenizer
 from .training.losses import (
     ImageLoss as ImageLoss,
@@ -34,9 +32,7 @@ from .training.losses import (
 )
 from .variants.convolutional import ConvDecoder as ConvDecoder, ConvTrunk as ConvTrunk
 from .variants.flow_decoder import FlowDecoder as FlowDecoder
-from .variants.folded import FoldedBottleneck as FoldedBottleneck
 from .variants.normed import NoiseBottleneck as NoiseBottleneck, NormBottleneck as NormBottleneck
-from .variants.path_only import BlindEncoder as BlindEncoder, PathBottleneck as PathBottleneck
 from .variants.quantised import FSQBottleneck as FSQBottleneck, VQBottleneck as VQBottleneck
 from .variants.timm_trunk import TimmTrunk as TimmTrunk
 from .variants.titok import TiTokEncoder as TiTokEncoder

@@ -20,9 +20,10 @@ def main(args: list[str] | None = None) -> int:
         return status
     from data.reading.datamodule import ImageDataModule
     from stage1_tokenizer.training.cli import run_cli
+    from stage1_tokenizer.training.latent_writer import LatentWriter
     from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 
-    run_cli("stage1", LitTokenizer, ImageDataModule, "python -m stage1_tokenizer", args)
+    run_cli("stage1", LitTokenizer, ImageDataModule, "python -m stage1_tokenizer", args, [LatentWriter()])
     return 0
 
 

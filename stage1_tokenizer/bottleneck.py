@@ -35,6 +35,10 @@ class Bottleneck(Spec, nn.Module):
         """Begin with means that are `shift` alone: the noise of an untrained encoder would bury it for long."""
         self.project.weight[..., : self.latent_dim] = 0
 
+    def snap(self, z: Tensor) -> Tensor:
+        """Latents (B,k,C) before standardisation -> the nearest that this bottleneck can put out: themselves, or codes."""
+        return z
+
     def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """h (B,k,D) -> (z (B,k,C) as the decoder sees it in training, losses and figures)."""
         raise NotImplementedError

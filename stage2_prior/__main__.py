@@ -1,15 +1,21 @@
 """Command line of stage 2.
 
     python -m stage2_prior fit|validate|test|predict --config configs/stage2/NAME.yaml
-    python -m stage2_prior compare|sweep --help
+    python -m stage2_prior compare|sweep|showcase|patches|amed --help
 
-The first four are Lightning's; the others read finished runs, and load neither Lightning nor a config.
+The first four are Lightning's; the others read finished runs or data, and load no config.
 """
 
 import importlib
 import sys
 
-COMMANDS = {"compare": "stage2_prior.evaluation.compare", "sweep": "stage2_prior.evaluation.sweep"}
+COMMANDS = {
+    "compare": "stage2_prior.evaluation.compare",
+    "sweep": "stage2_prior.evaluation.sweep",
+    "showcase": "stage2_prior.evaluation.showcase",
+    "patches": "stage2_prior.variants.patches",
+    "amed": "stage2_prior.heads.amed",
+}
 
 
 def main(args: list[str] | None = None) -> int:

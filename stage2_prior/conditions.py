@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.layers import MATRIX, embedding, mark
 from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.text.towers import OpenClipTower
-from stage1_tokenizer.text.supervision import TextTower
+from stage1_tokenizer.text.towers import Tower
 from stage1_tokenizer.text.vocabulary import END, CaptionVocabulary
 from stage2_prior.captions import longest
 
@@ -132,7 +131,7 @@ class TextTowerCondition(Spec, Condition):
             answers for the others is what nobody asked it for, and the block before it often says more.
     """
 
-    def __init__(self, width: int, tower: TextTower | OpenClipTower, skip: int = 0):
+    def __init__(self, width: int, tower: Tower, skip: int = 0):
         super().__init__()
         blocks: Any = tower.transformer.transformer
         if not 0 <= skip < len(blocks.resblocks):

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
-from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups
 from stage2_prior.training.latent_data import PriorDataModule
 from stage2_prior.training.lit_prior import LitPrior
 from tests.benchmarks.bench_tokenizers import Parsed
@@ -33,18 +32,15 @@ STAGES: dict[str, tuple[type, type]] = {
     "stage1": (LitTokenizer, ImageDataModule),
     "stage2": (LitPrior, PriorDataModule),
 }
-T, E, B, D = (f"--model.tokenizer.init_args.{part}" for part in ("text", "encoder", "bottleneck", "decoder"))
+T, E, D = (f"--model.init_args.tokenizer.init_args.{part}" for part in ("text", "encoder", "decoder"))
 SMALL_256 = [  # imagenet256's parts at 64 pixels and width 32
-    "--model.tokenizer.init_args.image_size=64",
-    f"{E}.init_args.trunk.init_args.image_size=64",
-    f"{E}.init_args.trunk.init_args.width=32",
+    "--sizes.image_size=64",
+    "--sizes.width=32",
     f"{E}.init_args.trunk.init_args.depth=1",
     f"{E}.init_args.trunk.init_args.heads=2",
     f"{E}.init_args.trunk.init_args.stem_width=8",
     f"{E}.init_args.depth=1",
     f"{E}.init_args.heads=2",
-    f"{B}.init_args.width=32",
-    f"{D}.init_args.image_size=64",
     f"{D}.init_args.width=32",
     f"{D}.init_args.depth=1",
     f"{D}.init_args.heads=2",
@@ -55,10 +51,9 @@ SMALL_256 = [  # imagenet256's parts at 64 pixels and width 32
 ]
 PRIOR = "--model.prior.init_args"
 SMALL_PRIOR_256 = [
-    f"{PRIOR}.backbone.init_args.width=64",
+    "--sizes.width=64",
     f"{PRIOR}.backbone.init_args.depth=2",
     f"{PRIOR}.backbone.init_args.heads=2",
-    f"{PRIOR}.head.init_args.net.init_args.cond_dim=64",
     f"{PRIOR}.head.init_args.net.init_args.width=64",
 ]
 # name -> (stage, configs one over another, options that shrink it)
@@ -163,7 +158,7 @@ def prior_numbers(lit: Any) -> dict[str, Any]:
         prior.vocabulary.fit(CAPTIONS)
     captions = [CAPTIONS[0], CAPTIONS[3]] * 2 if "class" in type(prior.words).__name__.lower() else CAPTIONS
     z = torch.randn(4, prior.num_latents, prior.latent_dim, generator=torch.Generator().manual_seed(1))
-    optimizer = MuonAdamW(parameter_groups(prior), lr=lit.lr, matrix_lr=lit.matrix_lr)
+    optimizer = lit.optimizer_options.build(prior)
     losses = []
     torch.manual_seed(2)
     for _ in range(5):

@@ -14,7 +14,10 @@ from stage1_tokenizer.decoder import ViTDecoder
 from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
 from stage1_tokenizer.linear_path import LinearPath
 from stage1_tokenizer.prefixes import PrefixLengths
-from stage1_tokenizer.text.supervision import PrefixReader, PrefixText, SoftmaxContrast, TextTower
+from stage1_tokenizer.text.contrast import SoftmaxContrast
+from stage1_tokenizer.text.readers import PrefixReader
+from stage1_tokenizer.text.supervision import PrefixText
+from stage1_tokenizer.text.towers import TextTower
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage1_tokenizer.tokenizer import Tokenizer
 

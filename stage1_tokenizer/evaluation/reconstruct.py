@@ -19,10 +19,10 @@ from torch import Tensor
 from data.pictures.decode import MAX_PIXELS, SOURCE_FORMATS, PictureError, open_picture, short
 from data.pictures.resize import pixels_of, resize
 from data.pictures.transforms import to_unit_range
-from stage1_tokenizer.evaluation.image_metrics import psnr
 from stage1_tokenizer.evaluation.picture_sheet import image_grid
 from stage1_tokenizer.evaluation.reconstruction_pass import prefix_lengths
 from stage1_tokenizer.precision import default_device
+from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.tokenizer import Tokenizer
 
 SHOWN_SIZE = 128  # pixels of the grid that one picture is at least wide

@@ -22,7 +22,7 @@ from stage1_tokenizer.evaluation import reconstruction_page
 from stage1_tokenizer.evaluation.classifier import Classifier
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import RandomConvFeatures, inception_features
-from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric, psnr, ssim
+from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric
 from stage1_tokenizer.evaluation.latent_use import latent_use
 from stage1_tokenizer.evaluation.picture_data import PictureData, draw_training
 from stage1_tokenizer.evaluation.provenance import provenance
@@ -30,6 +30,7 @@ from stage1_tokenizer.evaluation.reconstruction_pass import HeldOut, Meters, mea
 from stage1_tokenizer.evaluation.reconstruction_read import distances, probe, read_back
 from stage1_tokenizer.evaluation.reconstruction_text import text_metrics
 from stage1_tokenizer.pca import PCA
+from stage1_tokenizer.similarity import psnr, ssim
 from stage1_tokenizer.tokenizer import Tokenizer
 
 PCA_BYTES = 2**30  # training pictures that PCA is fitted on, as float32

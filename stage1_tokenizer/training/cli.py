@@ -23,6 +23,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -33,6 +34,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from stage1_tokenizer.precision import has_fast_bfloat16
+from stage1_tokenizer.spec import public_path
 from stage1_tokenizer.training.callbacks import (
     ConfiguredRates,
     ExportAtEnd,
@@ -41,9 +43,11 @@ from stage1_tokenizer.training.callbacks import (
     RunCheckpoint,
     Throughput,
 )
+from stage1_tokenizer.training.config_files import with_files
 from stage1_tokenizer.training.ema import EMAWeights
 from stage1_tokenizer.training.progress import StatusLine
 from stage1_tokenizer.training.run_folder import MetricsFile, RunFolder
+from stage1_tokenizer.training.sizes import link_sizes
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights stay in float32: updates are too small
 
@@ -63,6 +67,8 @@ class ShortErrorParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sentence = " ".join(message.split())
+        if sentence.startswith("Call to compute_fn of link"):  # a size that is contradicted: see sizes.py
+            sentence = sentence.partition(" failed: ")[2]
         sys.stderr.write(f"error: {sentence}\nAll options: {self.command} --help\n")
         raise SystemExit(2)
 
@@ -77,9 +83,12 @@ class UnspoolCLI(LightningCLI):
         datamodule_class: type[pl.LightningDataModule],
         prog: str,
         args: list[str] | None = None,
+        callbacks: Sequence[pl.Callback] = (),
     ) -> None:
         self.stage, self.default_classes = stage, {"model": model_class, "data": datamodule_class}
-        word = next(iter(sys.argv[1:] if args is None else args), "")
+        self.callbacks = callbacks
+        args = with_files(sys.argv[1:] if args is None else args, stage)
+        word = next(iter(args), "")
         ShortErrorParser.command = f"{prog} {word}" if word in self.subcommands() else prog
         super().__init__(
             model_class,
@@ -109,7 +118,7 @@ class UnspoolCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
         for name, cls in self.default_classes.items():
-            parser.set_defaults({name: {"class_path": f"{cls.__module__}.{cls.__qualname__}"}})
+            parser.set_defaults({name: {"class_path": public_path(cls)}})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, required=True, help="Folder of this run, such as runs/demo.")
@@ -129,6 +138,7 @@ class UnspoolCLI(LightningCLI):
         parser.add_argument(
             "--compile", type=bool, default=False, help="Compile the networks in place (torch.compile)."
         )
+        link_sizes(parser, self.stage)
         parser.add_lightning_class_args(EMAWeights, "ema")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(NaNGuard, "nan_guard")
@@ -171,7 +181,7 @@ class UnspoolCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
-        always = [RandomStates(), ConfiguredRates(), Throughput(), ExportAtEnd()]
+        always = [RandomStates(), ConfiguredRates(), Throughput(), ExportAtEnd(), *self.callbacks]
         if config["enable_progress_bar"] is not False:
             always.append(StatusLine())
         return super()._instantiate_trainer(config, callbacks + always)
@@ -238,16 +248,17 @@ def run_cli(
     datamodule_class: type[pl.LightningDataModule],
     prog: str,
     args: list[str] | None = None,
+    callbacks: Sequence[pl.Callback] = (),
 ) -> UnspoolCLI:
     """Run one command of a stage; returns the CLI object, for programs and tests that look at its trainer or model.
 
     stage: "stage1" or "stage2". prog: the command as the user types it. args: words of the command line; None takes
-    them from the process. Wrong usage exits with status 2; an error that this project raised to its user (a ValueError
+    them from the process. callbacks: of the stage's own, beside those that every run has. Wrong usage exits with status 2; an error that this project raised to its user (a ValueError
     or OSError) is printed as one sentence and exits with status 1. With UNSPOOL_TRACEBACK=1 it keeps its traceback.
     """
     quieten_lightning()
     try:
-        return UnspoolCLI(stage, model_class, datamodule_class, prog, args)
+        return UnspoolCLI(stage, model_class, datamodule_class, prog, args, callbacks)
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("UNSPOOL_TRACEBACK") or not raised_for_the_user(error):
             raise

@@ -19,8 +19,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage1_tokenizer.similarity import psnr
-from stage1_tokenizer.text.towers import OpenClipTower
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.card import tokenizer_card
 from stage1_tokenizer.training.losses import ImageLoss
@@ -94,13 +94,11 @@ class LitTokenizer(pl.LightningModule):
             self.tokenizer.start_from(Tokenizer.from_pretrained(self.start.init_from))
             return
         if self.tokenizer.text is not None:
-            if isinstance(self.tokenizer.text.tower, OpenClipTower):
-                self.tokenizer.text.tower.check_weights()
-            left_out = self.tokenizer.vocabulary.fit(c for captions in self.data.captions("train") for c in captions)
+            left_out = self.tokenizer.text.prepare(c for captions in self.data.captions("train") for c in captions)
             if left_out:
                 print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
         if self.tokenizer.linear_path is not None:
-            self.tokenizer.linear_path.fit(self.data.drawn("train", self.passes.linear_path_images)["images"])
+            self.tokenizer.linear_path.fit(draw_training(self.data, self.passes.linear_path_images, seed=0)["images"])
 
     def train(self, mode: bool = True) -> "LitTokenizer":
         """Training mode, but not for parts that are frozen as a whole: nothing masks or drops what they read."""
@@ -140,7 +138,7 @@ class LitTokenizer(pl.LightningModule):
         return parts
 
     def caption_ids(self, batch: dict[str, Any]) -> Tensor | None:
-        """(B,1,L) ids of one caption per picture; None without text or captions, and in steps without a text loss.
+        """(B,L) ids of one caption per picture; None without text or captions, and in steps without a text loss.
 
         A picture without a caption gets an empty one, which the text losses leave out.
         """
@@ -154,7 +152,7 @@ class LitTokenizer(pl.LightningModule):
             max(captions, key=len) if a < self.long_captions else captions[int(b * len(captions))]
             for captions, (a, b) in zip([captions or [""] for captions in given], u, strict=True)
         ]
-        return self.tokenizer.vocabulary.encode(chosen)[0].unsqueeze(1).to(self.device)
+        return self.tokenizer.vocabulary.encode(chosen)[0].to(self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = batch["images"]

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.evaluation.image_metrics import SSIM_WINDOW, ssim
-from stage1_tokenizer.similarity import LPIPS_TRUNKS, WeightsError, lpips_network, trunk_file
+from stage1_tokenizer.similarity import LPIPS_TRUNKS, SSIM_WINDOW, WeightsError, lpips_network, ssim, trunk_file
 from stage1_tokenizer.spec import Spec
 
 
@@ -24,6 +23,9 @@ class ImageLoss(Spec, nn.Module):
     """A loss between pictures: forward(images, target) -> (B,), `weight` included."""
 
     weight: float
+
+    def prepare(self) -> None:
+        """Called before training: read what the loss needs. Raises WeightsError where it is missing."""
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         raise NotImplementedError
@@ -83,26 +85,31 @@ class LPIPSLoss(ImageLoss):
         trunk: "alex" (as papers report it), "vgg" (better as a loss) or "squeeze".
         weights: path of the trunk's weights file; None looks in $TORCH_HOME/hub/checkpoints.
         weight: factor of the loss.
-    Raises WeightsError if the file is missing or holds another network.
+    Raises WeightsError before training (`prepare`) if the file is missing or holds another network: a config is
+    built and read on machines that do not train.
     """
 
     def __init__(self, trunk: str = "vgg", weights: str | None = None, weight: float = 1.0):
         super().__init__()
         if trunk not in LPIPS_TRUNKS:
             raise ValueError(f"got LPIPS trunk {trunk!r}, wanted one of {', '.join(LPIPS_TRUNKS)}.")
-        self.trunk, self.weight = trunk, weight
-        path = trunk_file(trunk, weights)
+        self.trunk, self.weights, self.weight = trunk, weights, weight
+        self._network: list[nn.Module] = []  # a list: not a submodule, hence in no state_dict
+
+    def prepare(self) -> None:
+        path = trunk_file(self.trunk, self.weights)
         if not path.is_file():
             raise WeightsError(
-                f"LPIPS needs the weights of its {trunk} trunk and found no {path}; put torchvision's "
-                f"{LPIPS_TRUNKS[trunk]} there, or give its path as `weights`, or leave the loss out."
+                f"LPIPS needs the weights of its {self.trunk} trunk and found no {path}; put torchvision's "
+                f"{LPIPS_TRUNKS[self.trunk]} there, or give its path as `weights`, or leave the loss out."
             )
-        network = lpips_network(trunk, path)
-        self._hidden = [network]  # a list: not a submodule, hence in no state_dict
+        self._network = [lpips_network(self.trunk, path)]
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         if min(images.shape[-2:]) < 32:
             raise ValueError(f"got {images.shape[-1]} pixel pictures, wanted 32 or more for LPIPS.")
-        network = self._hidden[0] = self._hidden[0].to(images.device)
+        if not self._network:
+            self.prepare()
+        network = self._network[0] = self._network[0].to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             return self.weight * network(images.float(), target.float()).flatten()  # (B,)

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.decoder import Decoder
-from stage1_tokenizer.decoder import ConvTail
+from stage1_tokenizer.decoder import ConvTail, Decoder
 from stage1_tokenizer.flow import interpolate, midpoint, power_grid, v_from_x
 from stage1_tokenizer.layers import Block, LayerNorm, Linears, StaticMix, decayed, embedding, training_only
 

@@ -5,6 +5,8 @@ interpolative noise to the normalised latent, so that the decoder, and with it a
 (l-DeTok): the noise is absolute, which is why the latents are normalised first: else an encoder would out-scale it.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,12 @@ class NormBottleneck(Bottleneck):
     def normalised(self, h: Tensor, shift: Tensor | None) -> Tensor:
         z = self.project(h).float()
         return F.layer_norm(z if shift is None else z + shift, (self.latent_dim,))  # (B,k,C)
+
+    def linear(self, z: Tensor) -> Tensor:
+        """z times the expected norm of what it was: coefficients y = m + s z of C independent unit normals have
+        E[y | z] = E[s] z, E[s] = sqrt(2 / C) Gamma(C / 2) / Gamma((C - 1) / 2)."""
+        c = self.latent_dim
+        return z * math.sqrt(2 / c) * math.exp(math.lgamma(c / 2) - math.lgamma((c - 1) / 2)) if c > 1 else z
 
     def posterior(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z = self.normalised(h, shift)

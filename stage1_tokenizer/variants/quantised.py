@@ -42,6 +42,7 @@ class FSQBottleneck(Bottleneck):
     """
 
     rounds = True
+    means: Tensor
 
     def __init__(self, width: int = 128, num_latents: int = 16, levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)):
         super().__init__()
@@ -52,6 +53,62 @@ class FSQBottleneck(Bottleneck):
         self.project = Linears(num_latents, width, self.latent_dim)
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32), persistent=False)
         self.levels: Tensor
+        self.register_buffer("means", self.symbol_means(), persistent=False)
+
+    def symbol_means(self) -> Tensor:
+        """(C,L) expected value of a unit normal that was rounded to each symbol; 0 where a channel has fewer levels.
+
+        A symbol s is an interval [a, b] of what was squashed, in which a unit normal has the mean
+        (phi(a) - phi(b)) / (Phi(b) - Phi(a)).
+        """
+        symbol = torch.arange(self.most_levels, dtype=torch.float64)[None] - (self.levels // 2)[:, None]  # (C,L)
+        half = ((self.levels - 1) * (1 + 1e-3) / 2).double()[:, None]
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0).double()[:, None]
+        low, high = ((symbol + side + offset) / half for side in (-0.5, 0.5))
+        a, b = (x.clamp(-1 + 1e-12, 1 - 1e-12).atanh() - (offset / half).atanh() for x in (low, high))
+        density = [torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) for x in (a, b)]
+        mass = torch.special.ndtr(b) - torch.special.ndtr(a)
+        means = (density[0] - density[1]) / mass.clamp_min(1e-12)
+        inside = symbol + self.levels[:, None] // 2 < self.levels[:, None]
+        return torch.where(inside, means, 0.0).float()
+
+    def symbols(self, z: Tensor) -> Tensor:
+        """z (B,k,C) -> the nearest symbols (B,k,C) long, each within 0..L-1 of its channel."""
+        index = (z.float() * (self.levels // 2) + self.levels // 2).round()
+        return torch.minimum(index.clamp_min(0), self.levels - 1).long()
+
+    def snap(self, z: Tensor) -> Tensor:
+        return (self.symbols(z) - self.levels // 2) / (self.levels // 2)
+
+    def ids(self, z: Tensor) -> Tensor:
+        """z (B,k,C) -> one id per latent (B,k) long, below the product of the levels; the first channel counts most.
+
+        Raises ValueError where there are more codes than an integer of 64 bits can count.
+        """
+        if self.bits_per_latent >= 63:
+            raise ValueError(
+                f"got {self.bits_per_latent:.0f} bits a latent, wanted below 63 to count codes; use symbols."
+            )
+        index = torch.zeros(z.shape[:-1], dtype=torch.long, device=z.device)
+        for level, symbol in zip(self.levels.long(), self.symbols(z).unbind(-1), strict=True):
+            index = index * level + symbol
+        return index
+
+    def from_ids(self, ids: Tensor) -> Tensor:
+        """ids (B,k) -> z (B,k,C). Raises ValueError for an id outside of the codebook."""
+        codes = int(self.levels.long().prod())
+        if bool((ids < 0).any() or (ids >= codes).any()):
+            raise ValueError(f"got ids from {int(ids.min())} to {int(ids.max())}, wanted 0 to {codes - 1}.")
+        symbols = []
+        for level in self.levels.long().flip(0):
+            symbols.append(ids % level)
+            ids = ids // level
+        return (torch.stack(symbols[::-1], -1) - self.levels // 2) / (self.levels // 2)
+
+    def linear(self, z: Tensor) -> Tensor:
+        """Every symbol read at its mean; the gradient passes as if it were read in proportion."""
+        mean = self.means.expand(*z.shape, -1).gather(-1, self.symbols(z)[..., None])[..., 0]
+        return straight_through(z * (self.levels // 2) / self.levels, mean)
 
     def bound(self, y: Tensor) -> Tensor:
         """Squash (..., C) so that rounding hits exactly L levels per channel (the paper's appendix A.1)."""
@@ -75,8 +132,7 @@ class FSQBottleneck(Bottleneck):
 
     def bits_used(self, z: Tensor) -> Tensor:
         """Entropy of each position's symbols over the batch, channels taken as independent, mean over positions."""
-        index = (z * (self.levels // 2) + self.levels // 2).round().long()  # (B,k,C), 0 .. L-1
-        counts = F.one_hot(index, self.most_levels).sum(0).float()  # (k,C,L)
+        counts = F.one_hot(self.symbols(z), self.most_levels).sum(0).float()  # (k,C,L)
         return entropy_bits(counts).sum(-1).mean()
 
 
@@ -126,6 +182,20 @@ class VQBottleneck(Bottleneck):
         """Index (B,k) of the code nearest to each vector of y (B,k,C)."""
         distance = codebook.square().sum(-1) - 2 * y @ codebook.T  # (B,k,V), up to |y|^2
         return distance.argmin(-1)
+
+    def ids(self, z: Tensor) -> Tensor:
+        """z (B,k,C) -> the nearest codes (B,k) long."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.nearest(z.detach().float(), self.codebook().detach())
+
+    def from_ids(self, ids: Tensor) -> Tensor:
+        """ids (B,k) -> z (B,k,C). Raises ValueError for an id outside of the codebook."""
+        if bool((ids < 0).any() or (ids >= self.num_codes).any()):
+            raise ValueError(f"got ids from {int(ids.min())} to {int(ids.max())}, wanted 0 to {self.num_codes - 1}.")
+        return F.embedding(ids, self.codebook())
+
+    def snap(self, z: Tensor) -> Tensor:
+        return self.from_ids(self.ids(z))
 
     def quantise(self, h: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(before, code, index): (B,k,C), (B,k,C), (B,k)."""

@@ -10,6 +10,7 @@ Latents come from latent shards, or, with a data module of pictures, from the fr
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,24 @@ from torch import Tensor, nn
 
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, planned_steps, warmup_flat_cosine
+from stage1_tokenizer.training.optim import planned_steps
+from stage1_tokenizer.training.options import OptimizerOptions, ScheduleOptions
 from stage2_prior.base import LatentSpace, Prior, PriorError, Text, load_space
 from stage2_prior.captions import longest
 from stage2_prior.evaluation.generation import GenerationReport
 from stage2_prior.guidance import Guidance
+from stage2_prior.heads.solvers import Solver
 from stage2_prior.training.latent_data import CaptionSource
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Arguments of `Prior.sample`, which says what they mean."""
+
+    guidance: float | Guidance = 2.0
+    steps: int | None = None
+    temperature: float = 1.0
+    solver: Solver | None = None
 
 
 class LitPrior(pl.LightningModule):
@@ -33,13 +46,11 @@ class LitPrior(pl.LightningModule):
 
     Args:
         prior: the network.
-        lr, matrix_lr: learning rates of AdamW and of Muon (block matrices).
-        weight_decay: of AdamW, on the parameters marked for it: linear maps outside the blocks.
-        warmup_steps, flat_fraction: of the schedule (`optim.warmup_flat_cosine`).
+        optimizer, schedule: rates and their course.
         position_decay: the loss of latent i = 1..K counts i^-decay (of mean 1); 0 counts all alike. In an ordered line
             the first latents hold the picture and the last little but noise, whose gradients drown the others'.
         long_captions: share of training samples that use their longest caption; the others draw one of all.
-        guidance, steps, temperature: of `predict`; see `Prior.sample`.
+        sampling: of `predict`.
         tokenizer_dir: exported tokenizer, for test and predict, and for training on pictures or with its text tower;
             None: `tokenizer/` of the run.
         report: what `test` measures.
@@ -48,16 +59,11 @@ class LitPrior(pl.LightningModule):
     def __init__(
         self,
         prior: Prior,
-        lr: float = 2e-3,
-        matrix_lr: float = 0.02,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 30,
-        flat_fraction: float = 0.3,
+        optimizer: OptimizerOptions = OptimizerOptions(lr=2e-3, matrix_lr=0.02),  # noqa: B008  (frozen)
+        schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008
         position_decay: float = 0.0,
         long_captions: float = 0.75,
-        guidance: float | Guidance = 2.0,
-        steps: int | None = None,
-        temperature: float = 1.0,
+        sampling: SamplingOptions = SamplingOptions(),
         tokenizer_dir: str | None = None,
         report: GenerationReport | None = None,
     ) -> None:
@@ -67,13 +73,11 @@ class LitPrior(pl.LightningModule):
         if not 0 <= position_decay < float("inf"):
             raise PriorError(f"got position_decay={position_decay}, wanted an exponent of at least 0.")
         self.prior = prior
-        self.lr, self.matrix_lr, self.weight_decay = lr, matrix_lr, weight_decay
-        self.warmup_steps, self.flat_fraction, self.long_captions = warmup_steps, flat_fraction, long_captions
+        self.optimizer_options, self.schedule, self.long_captions = optimizer, schedule, long_captions
         weights = position_weights(prior.num_latents, position_decay) if position_decay else None
         self.register_buffer("position_weights", weights, persistent=False)
         self.position_weights: Tensor | None
-        self.guidance, self.steps, self.temperature = guidance, steps, temperature
-        self.tokenizer_dir, self.report = tokenizer_dir, report or GenerationReport()
+        self.sampling, self.tokenizer_dir, self.report = sampling, tokenizer_dir, report or GenerationReport()
         self.run_dir, self.stage_dir = Path("."), Path(".")  # given by the command line
         self.frozen: tuple[LatentSpace, ...] = ()  # the tokenizer; a tuple is no submodule: no checkpoint holds it
 
@@ -181,15 +185,8 @@ class LitPrior(pl.LightningModule):
         return mean.float().contiguous(), std.float().contiguous()  # noise is drawn in the order of memory
 
     def configure_optimizers(self) -> Any:
-        optimizer = MuonAdamW(
-            parameter_groups(self.prior), lr=self.lr, matrix_lr=self.matrix_lr, weight_decay=self.weight_decay
-        )
-        total = planned_steps(self.trainer)
-
-        def factor(step: int) -> float:
-            return warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        optimizer = self.optimizer_options.build(self.prior)
+        schedule = self.schedule.build(optimizer, planned_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -239,7 +236,8 @@ class LitPrior(pl.LightningModule):
         captions = [c[0] for c in batch["captions"]]
         place = batch_idx * self.trainer.world_size + self.trainer.global_rank  # no two batches share their noise
         generator = torch.Generator(device=self.device).manual_seed(torch.initial_seed() + place)
-        z = self.prior.sample(captions, self.guidance, self.steps, self.temperature, generator)
+        s = self.sampling
+        z = self.prior.sample(captions, s.guidance, s.steps, s.temperature, generator, s.solver)
         folder = self.run_dir / "images"
         pixels = ((self.tokenizer.decode(z, generator) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
         for key, picture in zip(batch["keys"], pixels.numpy(), strict=True):

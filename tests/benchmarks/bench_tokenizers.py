@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
-from stage1_tokenizer.evaluation.image_metrics import psnr
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.precision import matmul_dtype
+from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.training.cli import UnspoolCLI
 from stage1_tokenizer.training.ema import EMA
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer

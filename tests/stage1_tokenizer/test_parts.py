@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from stage1_tokenizer import Tokenizer
-from stage1_tokenizer.bottleneck import KLBottleneck
-from stage1_tokenizer.contract import Bottleneck, Decoder, Encoder
-from stage1_tokenizer.decoder import ViTDecoder
-from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
+from stage1_tokenizer.bottleneck import Bottleneck, KLBottleneck
+from stage1_tokenizer.decoder import Decoder, ViTDecoder
+from stage1_tokenizer.encoder import Encoder, PatchTrunk, QFormerEncoder
 from stage1_tokenizer.layers import Block
 from stage1_tokenizer.prefixes import PrefixLengths, keep_mask
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups

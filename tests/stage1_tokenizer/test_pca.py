@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from stage1_tokenizer.evaluation.image_metrics import psnr
 from stage1_tokenizer.pca import PCA
+from stage1_tokenizer.similarity import psnr
 
 
 def correlated(n: int, seed: int = 0) -> torch.Tensor:

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from stage1_tokenizer import Tokenizer
-from stage1_tokenizer.bottleneck import KLBottleneck
-from stage1_tokenizer.contract import Bottleneck
+from stage1_tokenizer.bottleneck import Bottleneck, KLBottleneck
 from stage1_tokenizer.layers import Linears
 from stage1_tokenizer.text.captioner import PrefixCaptioner
 from stage1_tokenizer.variants.normed import NormBottleneck

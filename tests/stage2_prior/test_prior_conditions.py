@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import MATRIX
-from stage1_tokenizer.text.towers import OpenClipTower, WholeVocabulary
-from stage1_tokenizer.text.supervision import TextTower
+from stage1_tokenizer.text.towers import OpenClipTower, TextTower, WholeVocabulary
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.backbone import Backbone

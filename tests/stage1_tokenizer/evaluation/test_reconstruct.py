@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.pictures.transforms import to_pixels
 from stage1_tokenizer.__main__ import main
-from stage1_tokenizer.evaluation.image_metrics import psnr
+from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.tokenizer import Tokenizer
 from tests.tiny import SIZE, K, tiny_tokenizer
 

@@ -10,24 +10,19 @@ import pytest
 import torch
 
 from data.sources.scenes import Scenes, captions_of
-from stage1_tokenizer.bottleneck import KLBottleneck
-from stage1_tokenizer.contract import Bottleneck
+from stage1_tokenizer.bottleneck import Bottleneck, KLBottleneck
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, report_classifier
-from stage1_tokenizer.evaluation.image_metrics import psnr
 from stage1_tokenizer.evaluation.reconstruction import reconstruction_report
 from stage1_tokenizer.evaluation.reconstruction_pass import prefix_lengths
 from stage1_tokenizer.evaluation.reconstruction_text import caption_bits, text_metrics
 from stage1_tokenizer.pca import PCA
+from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.text.captioner import PrefixCaptioner
-from stage1_tokenizer.text.supervision import (
-    MaxOverQueries,
-    PrefixReader,
-    PrefixText,
-    QueryReader,
-    SoftmaxContrast,
-    TextTower,
-)
+from stage1_tokenizer.text.contrast import MaxOverQueries, SoftmaxContrast
+from stage1_tokenizer.text.readers import PrefixReader, QueryReader
+from stage1_tokenizer.text.supervision import PrefixText
+from stage1_tokenizer.text.towers import TextTower
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.variants.quantised import FSQBottleneck

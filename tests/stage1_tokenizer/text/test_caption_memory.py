@@ -8,15 +8,11 @@ import torch
 from torch import nn
 
 from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.text.contrast import MaxOverQueries, SigmoidContrast, SoftmaxContrast
 from stage1_tokenizer.text.memory import CaptionMemory
-from stage1_tokenizer.text.supervision import (
-    MaxOverQueries,
-    PrefixReader,
-    PrefixText,
-    SigmoidContrast,
-    SoftmaxContrast,
-    TextTower,
-)
+from stage1_tokenizer.text.readers import PrefixReader
+from stage1_tokenizer.text.supervision import PrefixText
+from stage1_tokenizer.text.towers import TextTower
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from tests.tiny import CAPTIONS, C, K, awaken, pictures, tiny_tokenizer
 

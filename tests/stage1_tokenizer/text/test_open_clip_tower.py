@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 
 from stage1_tokenizer.encoder import QFormerEncoder
 from stage1_tokenizer.spec import build
+from stage1_tokenizer.text.contrast import SoftmaxContrast
+from stage1_tokenizer.text.readers import PrefixReader
+from stage1_tokenizer.text.supervision import PrefixText
 from stage1_tokenizer.text.towers import OpenClipTower, WholeVocabulary
-from stage1_tokenizer.text.supervision import PrefixReader, PrefixText, SoftmaxContrast
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.variants.timm_trunk import TimmTrunk
 from tests.tiny import CAPTIONS, SIZE, TINY_CLIP, C, K, pictures, tiny_clip, tiny_tokenizer

@@ -5,16 +5,10 @@ import torch
 
 from stage1_tokenizer.prefixes import keep_mask
 from stage1_tokenizer.text.captioner import PrefixCaptioner
-from stage1_tokenizer.text.supervision import (
-    GradientBalance,
-    MaxOverQueries,
-    PrefixReader,
-    PrefixText,
-    QueryReader,
-    SigmoidContrast,
-    SoftmaxContrast,
-    TextTower,
-)
+from stage1_tokenizer.text.contrast import MaxOverQueries, SigmoidContrast, SoftmaxContrast
+from stage1_tokenizer.text.readers import PrefixReader, QueryReader
+from stage1_tokenizer.text.supervision import GradientBalance, PrefixText
+from stage1_tokenizer.text.towers import TextTower
 from stage1_tokenizer.text.vocabulary import END, START, UNKNOWN, CaptionVocabulary
 from tests.tiny import CAPTIONS, awaken, tiny_tokenizer
 

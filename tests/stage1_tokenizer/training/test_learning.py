@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.pictures.transforms import to_unit_range
 from data.sources.scenes import Scenes
-from stage1_tokenizer.evaluation.image_metrics import psnr
+from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.spec import build
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
 from stage1_tokenizer.text.captioner import PrefixCaptioner
-from stage1_tokenizer.text.supervision import GradientBalance, MaxOverQueries, SigmoidContrast, SoftmaxContrast
+from stage1_tokenizer.text.contrast import MaxOverQueries, SigmoidContrast, SoftmaxContrast
+from stage1_tokenizer.text.supervision import GradientBalance
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.adversarial import AdversarialLoss, PatchDiscriminator
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric, ssim
-from stage1_tokenizer.similarity import WeightsError
+from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric
+from stage1_tokenizer.similarity import WeightsError, ssim
 from stage1_tokenizer.training.losses import LPIPSLoss, PixelLoss, StructureLoss
 
 
