@@ -7,8 +7,8 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from stage1_tokenizer.evaluation.image_metrics import Skipped, _gaussian_band, lpips_metric
-from stage1_tokenizer.similarity import psnr, ssim
+from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric
+from stage1_tokenizer.similarity import _gaussian_band, psnr, ssim
 
 
 @pytest.fixture

@@ -95,15 +95,6 @@ def test_under_the_best_of_all_queries_the_first_k_compete() -> None:
     assert text_part(PrefixReader(6, 4, 32, 16), [2, 4]).competing(3) == [3]
 
 
-def test_the_best_of_all_queries_takes_one_caption_only() -> None:
-    best = text_part(QueryReader(6, 4, 32, 16), [1, 2, 4], best=True)
-    ids = best.vocabulary.encode(CAPTIONS)[0]
-    z = torch.randn(4, 6, 4)
-    torch.testing.assert_close(best.losses(z, ids[:, None])["text"], best.losses(z, ids)["text"])
-    with pytest.raises(ValueError, match="got 3 captions per picture.*captions_by_length to 1"):
-        best.losses(z, ids[:, None].expand(-1, 3, -1))
-
-
 def test_a_step_copies_no_list_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU each `torch.tensor(list)` is a copy that the step waits for; the first step may make them, once."""
     tower = TextTower(fitted(), 32, 1, 2, 16)

@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader
 from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
 from stage1_tokenizer.text.captioner import PrefixCaptioner
 from stage1_tokenizer.text.contrast import MaxOverQueries, SigmoidContrast, SoftmaxContrast
-from stage1_tokenizer.text.supervision import GradientBalance
+from stage1_tokenizer.text.supervision import GradientBalance, PrefixText
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.adversarial import AdversarialLoss, PatchDiscriminator
+from stage1_tokenizer.training.lit_adversarial import LitAdversarial
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 from stage1_tokenizer.training.losses import PixelLoss
+from stage1_tokenizer.training.options import OptimizerOptions, ScheduleOptions, StartOptions
 from stage1_tokenizer.variants.normed import NormBottleneck
 from tests.tiny import CAPTIONS, SIZE, WIDTH, C, K, pictures, tiny_tokenizer
 
@@ -41,9 +43,10 @@ class Watch(pl.Callback):
         self.moves.append((trainer.global_step, *moved))
 
 
-def fit(tmp_path: Path, **options: Any) -> tuple[LitTokenizer, Watch, pl.Trainer]:
+def fit(tmp_path: Path, **options: Any) -> tuple[LitAdversarial, Watch, pl.Trainer]:
     game = AdversarialLoss(PatchDiscriminator(8, 2), start_step=1)
-    lit, watch = LitTokenizer(tiny_tokenizer(text=False), adversarial=game, warmup_steps=0, **options), Watch()
+    schedule = ScheduleOptions(warmup_steps=0)
+    lit, watch = LitAdversarial(tiny_tokenizer(text=False), game, schedule=schedule, **options), Watch()
     return lit, watch, train(tmp_path, lit, batches_of(4), watch, max_steps=3)
 
 
@@ -70,7 +73,7 @@ def test_a_step_counts_once_and_both_optimisers_are_saved(tmp_path: Path) -> Non
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert stored["global_step"] == 3 and len(stored["optimizer_states"]) == 2
-    assert lit.adversarial is not None and lit.adversarial.real_mean != 0
+    assert lit.adversarial.real_mean != 0
 
 
 def test_gradients_of_several_batches_make_one_step(tmp_path: Path) -> None:
@@ -81,9 +84,9 @@ def test_gradients_of_several_batches_make_one_step(tmp_path: Path) -> None:
     assert discriminator == (False, False, False, True, False, True)
 
 
-def test_accumulation_without_a_discriminator_is_the_trainers() -> None:
-    with pytest.raises(ValueError, match="accumulate_grad_batches"):
-        LitTokenizer(tiny_tokenizer(text=False), accumulate=2)
+def test_less_than_one_batch_a_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="got accumulate 0; wanted at least 1"):
+        LitAdversarial(tiny_tokenizer(text=False), AdversarialLoss(PatchDiscriminator(8, 2)), accumulate=0)
 
 
 class Gradients(pl.Callback):
@@ -115,7 +118,8 @@ def test_accumulated_batches_equal_one_big_batch(
         tokenizer, seen = tiny_tokenizer(text=False), Gradients()
         tokenizer.lengths, tokenizer.bottleneck = None, NormBottleneck(WIDTH, K, C)
         # A rate that leaves the weights as they are, so that the second step compares gradients of the same weights.
-        lit = LitTokenizer(tokenizer, adversarial=game, accumulate=accumulate, lr=1e-30, matrix_lr=1e-30)
+        still = OptimizerOptions(lr=1e-30, matrix_lr=1e-30)
+        lit = LitAdversarial(tokenizer, game, accumulate, still)
         return seen, train(tmp_path, lit, batches, seen, **options)
 
     small, trainer = gradients(batches_of(4, in_all), accumulate=2)
@@ -129,7 +133,8 @@ def test_accumulated_batches_equal_one_big_batch(
 
 def test_the_schedule_knows_how_many_steps_accumulation_leaves(tmp_path: Path) -> None:
     game = AdversarialLoss(PatchDiscriminator(8, 2), start_step=99)
-    lit = LitTokenizer(tiny_tokenizer(text=False), adversarial=game, accumulate=3, lr=1e-3, warmup_steps=0)
+    rate, schedule = OptimizerOptions(lr=1e-3), ScheduleOptions(warmup_steps=0)
+    lit = LitAdversarial(tiny_tokenizer(text=False), game, 3, rate, schedule)
     trainer = train(tmp_path, lit, batches_of(4), max_epochs=2)  # 8 batches an epoch: 3 + 3 + 2
     assert trainer.global_step == 6
     rates = {group["group"]: group["lr"] for group in trainer.optimizers[0].param_groups}
@@ -141,7 +146,7 @@ def test_a_fit_that_only_time_ends_keeps_its_rate(tmp_path: Path) -> None:
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             trainer.should_stop = trainer.global_step == 6
 
-    lit = LitTokenizer(tiny_tokenizer(text=False), lr=1e-3, warmup_steps=2)
+    lit = LitTokenizer(tiny_tokenizer(text=False), OptimizerOptions(lr=1e-3), ScheduleOptions(warmup_steps=2))
     trainer = train(tmp_path, lit, batches_of(4), Stop(), max_time="00:01:00:00")
     assert trainer.global_step == 6
     rates = {group["group"]: group["lr"] for group in trainer.optimizers[0].param_groups}
@@ -151,14 +156,13 @@ def test_a_fit_that_only_time_ends_keeps_its_rate(tmp_path: Path) -> None:
 def test_float16_is_refused_with_a_discriminator(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     monkeypatch.setattr(pl.Trainer, "precision", "16-mixed")  # a CPU would not have it
-    for game in (None, AdversarialLoss(PatchDiscriminator(8, 2))):
-        lit = LitTokenizer(tiny_tokenizer(text=False), adversarial=game)
-        lit.trainer = trainer
-        if game is None:
-            lit.setup("fit")
-        else:
-            with pytest.raises(ValueError, match=r"16-mixed with `adversarial`, wanted bf16-mixed"):
-                lit.setup("fit")
+    plain = LitTokenizer(tiny_tokenizer(text=False))
+    plain.trainer = trainer
+    plain.setup("fit")
+    lit = LitAdversarial(tiny_tokenizer(text=False), AdversarialLoss(PatchDiscriminator(8, 2)))
+    lit.trainer = trainer
+    with pytest.raises(ValueError, match=r"16-mixed with a discriminator, wanted bf16-mixed"):
+        lit.setup("fit")
 
 
 def test_image_losses_of_one_class_all_count(tmp_path: Path) -> None:
@@ -176,21 +180,19 @@ def test_image_losses_of_one_class_all_count(tmp_path: Path) -> None:
     assert two["loss"] == pytest.approx(none["loss"] + two["PixelLoss_0"] + two["PixelLoss_1"])
 
 
-@pytest.mark.parametrize(
-    ("contrast", "count"),
-    [(SoftmaxContrast, 1), (SoftmaxContrast, 2), (SigmoidContrast, 1), (SigmoidContrast, 2), (MaxOverQueries, 1)],
-)
-def test_pictures_without_captions_are_left_out_of_the_text_losses(contrast: type[nn.Module], count: int) -> None:
+@pytest.mark.parametrize("contrast", [SoftmaxContrast, SigmoidContrast, MaxOverQueries])
+def test_pictures_without_captions_are_left_out_of_the_text_losses(contrast: type[nn.Module]) -> None:
     tokenizer = tiny_tokenizer()
     text = tokenizer.text_part()
+    assert isinstance(text, PrefixText)
     text.contrast = contrast()  # type: ignore[assignment]
     text.lengths, text.weights = [2], torch.ones(1)  # one length: the captioner's draw is then the same for any batch
     text.captioner = PrefixCaptioner(64, 12, K, C, WIDTH, 1, 2)
-    lit = LitTokenizer(tokenizer, long_captions=1.0, captions_by_length=count)
+    lit = LitTokenizer(tokenizer, long_captions=1.0)
     captions = [[CAPTIONS[0]], [], [CAPTIONS[1], ""], [" "], [CAPTIONS[0]], []]
     rows, z = [0, 2, 4], torch.randn(6, K, C, requires_grad=True)
     ids, fewer = (lit.caption_ids({"captions": c}) for c in (captions, [captions[i] for i in rows]))
-    assert ids is not None and fewer is not None and ids.shape == (6, count, 12)
+    assert ids is not None and fewer is not None and ids.shape == (6, 12)
 
     found, expected = text.losses(z, ids), text.losses(z[rows], fewer)
     torch.testing.assert_close(found, expected)
@@ -222,7 +224,7 @@ def test_frozen_parts_stay_in_eval_mode(tmp_path: Path) -> None:
     tiny, trunk = tiny_tokenizer(text=False), PatchTrunk(SIZE, 4, WIDTH, 1, 2, stem_width=8, mask_ratio=0.9)
     tokenizer = Tokenizer(SIZE, QFormerEncoder(trunk, K, 2, 2), tiny.bottleneck, tiny.decoder, tiny.lengths)
     tokenizer.save_pretrained(tmp_path / "exported")
-    lit = LitTokenizer(tokenizer.train(), init_from=str(tmp_path / "exported"), freeze_encoder=True)
+    lit = LitTokenizer(tokenizer.train(), start=StartOptions(str(tmp_path / "exported"), freeze_encoder=True))
     modes: list[tuple[bool, ...]] = []
     parts: list[nn.Module] = [trunk, trunk.blocks[0], tokenizer.bottleneck, tokenizer.decoder, lit]
 
