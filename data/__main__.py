@@ -103,8 +103,8 @@ def _take_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    from data.prepare.chunks import PrepareConfig
     from data.prepare.engines import ENGINES, run
+    from data.prepare.options import PrepareConfig
     from data.prepare.quality import Filters
     from data.sources.open import SourceConfig, find_kind
 

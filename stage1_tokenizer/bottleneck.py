@@ -36,7 +36,7 @@ class Bottleneck(Spec, nn.Module):
         self.project.weight[..., : self.latent_dim] = 0
 
     def snap(self, z: Tensor) -> Tensor:
-        """Latents (B,k,C) before standardisation -> the nearest that this bottleneck can put out: themselves, or codes."""
+        """Latents (B,k,C) before standardisation -> the nearest that this can put out: codes, or z itself."""
         return z
 
     def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ Nothing in a folder is executed: the config names classes of this package (see `
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -12,7 +13,7 @@ import huggingface_hub
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stage1_tokenizer.spec import build
+from stage1_tokenizer.spec import TRUSTED, build
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
@@ -54,8 +55,11 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     return folder
 
 
-def load_module(cls: type[M], path: str | Path, revision: str | None = None) -> M:
-    """The module in a folder or Hub repository, in eval mode. Errors as `Tokenizer.from_pretrained`."""
+def load_module(cls: type[M], path: str | Path, revision: str | None = None, trust: Sequence[str] = ()) -> M:
+    """The module in a folder or Hub repository, in eval mode. Errors as `Tokenizer.from_pretrained`.
+
+    trust: packages besides this project's whose classes may be imported, by name.
+    """
     folder = Path(path)
     if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
         folder = Path(huggingface_hub.snapshot_download(str(path), revision=revision, allow_patterns=[*FILES, CARD]))
@@ -68,7 +72,7 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None) -> 
     config = json.loads((folder / "config.json").read_text())
     if config.get("format", 0) > FORMAT:
         raise ValueError(f"{folder} has format {config['format']}, this version reads up to {FORMAT}; update unspool.")
-    module = build(config)
+    module = build(config, (*TRUSTED, *trust))
     if not isinstance(module, cls):
         raise ValueError(f"{folder} holds a {type(module).__name__}, wanted a {cls.__name__}.")
     tensors = load_file(folder / "model.safetensors")

@@ -93,7 +93,8 @@ def build(spec: dict[str, Any], trusted: tuple[str, ...] = TRUSTED) -> Any:
     path = spec.get("class_path", "")
     if path.split(".")[0] not in trusted:
         raise SpecError(
-            f"got class path {path!r}, wanted one in {', '.join(trusted)}; pass trusted=(...) if you trust its package."
+            f"got class path {path!r}, wanted one in {', '.join(trusted)}; if you trust its package, load with "
+            f"trust=({path.split('.')[0]!r},)."
         )
     try:
         cls = find_class(path)

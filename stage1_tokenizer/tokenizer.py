@@ -12,8 +12,7 @@ Letters: B batch, K latents, C latent channels, k prefix length, E embedding wid
 """
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.agreement import check_sizes, describe
 from stage1_tokenizer.bottleneck import Bottleneck
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.linear_path import LinearPath
+from stage1_tokenizer.precision import held_autocast, hold_weights
 from stage1_tokenizer.prefixes import PrefixLengths, keep_mask
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.supervision import Supervision
@@ -47,6 +48,7 @@ class Tokenizer(Spec, nn.Module):
     latent_mean: Tensor
     latent_scale: Tensor
     training_state = ("text.memory.",)  # in checkpoints, not in exports
+    held = torch.float32  # dtype of the linear layers' weights
     checks_pixels = True  # of `encode`: False where who decoded them vouches for it, since a look waits for a GPU
 
     def __init__(
@@ -64,16 +66,7 @@ class Tokenizer(Spec, nn.Module):
         parts["linear_path"] = linear_path
         if text is not None:
             parts |= {f"text.{name}": part for name, part in text.sized().items()}
-        sizes = {
-            "num_latents": ("encoder.num_latents", encoder.num_latents),
-            "latent_dim": ("bottleneck.latent_dim", bottleneck.latent_dim),
-        }
-        for name, part in parts.items():
-            for size, (owner, wanted) in sizes.items():
-                # an attribute, or else an argument of the constructor; a part that has neither cannot disagree
-                got = getattr(part, size, part.spec["init_args"].get(size, wanted)) if part is not None else wanted
-                if got != wanted:
-                    raise ValueError(f"{owner} is {wanted} but {name}.{size} is {got}; make them equal.")
+        check_sizes(encoder, bottleneck, parts)
         self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
         self.lengths, self.text, self.linear_path = lengths, text, linear_path
@@ -99,7 +92,8 @@ class Tokenizer(Spec, nn.Module):
         k = self.check_length(self.num_latents if k is None else k)
         n = self.num_latents if self.bottleneck.rounds else k  # a shorter product is not the same to the last bit
         shift = self.linear_path.encode(images, n) if self.linear_path is not None else None
-        mean, std = (x[:, :k] for x in self.bottleneck.posterior(self.encoder(images, n), shift))  # (B,k,C) each
+        with held_autocast(self.held, images.device):
+            mean, std = (x[:, :k] for x in self.bottleneck.posterior(self.encoder(images, n), shift))  # (B,k,C) each
         return (mean - self.latent_mean[:k]) / self.latent_scale[:k], std / self.latent_scale[:k]
 
     def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -113,7 +107,8 @@ class Tokenizer(Spec, nn.Module):
         raw = F.pad(self.unstandardised(z), (0, 0, 0, self.num_latents - k))  # (B,K,C)
         keep = keep_mask(torch.full((len(z),), k, device=z.device), self.num_latents)
         base = self.base(raw, keep)
-        return self.decoder.decode(raw, keep, base, generator=generator).float().clamp(-1, 1)
+        with held_autocast(self.held, z.device):
+            return self.decoder.decode(raw, keep, base, generator=generator).float().clamp(-1, 1)
 
     def embed_text(self, captions: list[str]) -> Tensor:
         """list[str] -> (B,E) unit vectors. Raises ValueError without text supervision."""
@@ -183,6 +178,14 @@ class Tokenizer(Spec, nn.Module):
     objective = ("pixel", "prefix", "kl", "commit", "text", "caption")
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The sum of the parts in `objective`. Raises ValueError for another part that has a gradient: a loss that is
+        computed is minimised, or detached and so only a figure."""
+        unlisted = [name for name, part in parts.items() if part.requires_grad and name not in self.objective]
+        if unlisted:
+            raise ValueError(
+                f"got the loss {unlisted[0]!r}, wanted one of {', '.join(self.objective)}: detach a figure, or add "
+                "it to Tokenizer.objective."
+            )
         return torch.stack([parts[name] for name in self.objective if name in parts]).sum()
 
     @torch.no_grad()
@@ -244,13 +247,27 @@ class Tokenizer(Spec, nn.Module):
         self.described = other.described
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "Tokenizer":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        trust: Sequence[str] = (),
+    ) -> "Tokenizer":
         """Load an exported folder, or a Hub repository by id; in eval mode.
+
+        dtype: of the linear layers' weights and products (`precision.hold_weights`), for use without training; None
+        keeps float32. trust: packages of yours whose classes the export may name.
 
         Raises FileNotFoundError for a missing folder and ValueError for another kind of model, a newer format or
         weights of another shape.
         """
-        return load_module(cls, path, revision)
+        tokenizer = load_module(cls, path, revision, trust)
+        if dtype is not None:
+            hold_weights(tokenizer, dtype)
+            tokenizer.held = dtype
+        return tokenizer if device is None else tokenizer.to(device)
 
     def export_facts(self) -> dict[str, str]:
         """Besides the spec: the text that the fingerprint begins with, where it is an older one."""
@@ -279,12 +296,3 @@ class Tokenizer(Spec, nn.Module):
         if not 1 <= k <= self.num_latents:
             raise ValueError(f"got {k} latents, wanted a prefix of 1 to {self.num_latents}.")
         return k
-
-
-def describe(encoder: dict[str, Any], bottleneck: dict[str, Any]) -> str:
-    """Specs of encoder and bottleneck as the text that a fingerprint begins with.
-
-    A loaded tokenizer keeps the text of its export: classes move and constructors gain arguments, and a latent space
-    stays what it was.
-    """
-    return json.dumps([encoder, bottleneck], sort_keys=True)

@@ -10,8 +10,8 @@ asked with and what a share of the training captions is replaced by.
 Letters: B batch, K latents, C latent channels, L caption tokens, R rows of a batch with unconditional twins.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.export import load_module, push_module, save_module
+from stage1_tokenizer.precision import held_autocast, hold_weights
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.conditions import Condition, TrainingData
@@ -237,30 +238,25 @@ class Prior(Spec, SpaceBound):
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        trust: Sequence[str] = (),
     ) -> "Prior":
         """Load an exported folder, or a Hub repository by id; in eval mode. Errors as `Tokenizer.from_pretrained`.
 
-        dtype: as `hold`; None keeps float32.
+        dtype: as `hold`; None keeps float32. trust: packages of yours whose classes the export may name.
         """
-        module = load_module(cls, path, revision)
+        module = load_module(cls, path, revision, trust)
         module = module if device is None else module.to(device)
         return module if dtype is None else module.hold(dtype)
 
     def hold(self, dtype: torch.dtype) -> "Prior":
         """Keep the weights of all linear layers in `dtype` from now on, for sampling and scoring; returns self.
 
-        Their products are then computed in it, as under autocast, but nothing is converted in every call: a sampler
-        asks the same matrices hundreds of times with a handful of rows, and converting costs as much as the products.
-        Norms, embeddings, biases, the path and the solver stay float32. Training wants float32 weights.
+        See `precision.hold_weights`; the path and the solver stay float32. Training wants float32 weights.
         """
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        hold_weights(self, dtype)
         self.held = dtype
         return self
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Products in the dtype that weights are held in; where that is float32, whatever the caller has set up."""
-        if self.held == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.fingerprint_bytes.device.type, self.held)
+        return held_autocast(self.held, self.fingerprint_bytes.device)

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone, Cache
-from stage2_prior.base import Prior, PriorError, Request, Text
+from stage2_prior.base import Prior
 from stage2_prior.conditions import WORD_STD, Condition, TrainingData, WordSum, words_of
 from stage2_prior.heads.base import Head
 from stage2_prior.heads.solvers import Solver
+from stage2_prior.latent_space import PriorError
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line, scatter_line
+from stage2_prior.request import Request, Text
 
 __all__ = ["CausalPrior", "Prior", "PriorError", "Text"]
 

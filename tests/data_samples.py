@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.prepare.chunks import PrepareConfig
 from data.prepare.engines import processes, run
+from data.prepare.options import PrepareConfig
 from data.prepare.quality import Filters
 from data.sources.open import SourceConfig
 

@@ -19,6 +19,7 @@ IMPORT_NAMES = {
     "open_clip": "open-clip-torch",
     "yaml": "pyyaml",
     "skimage": "scikit-image",
+    "lazy_loader": "lazy-loader",
 }
 
 
@@ -47,6 +48,23 @@ def test_every_dependency_is_pinned_within_its_bounds_and_justified() -> None:
             assert requirement.specifier.contains(Version(pinned[normal(requirement.name)])), text
 
 
+def imports_of(rooms: set[str]) -> set[str]:
+    """Names of all distributions that files of these folders import, inside functions too."""
+    names: set[str] = set()
+    for file in (file for room in rooms for file in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+    return {normal(IMPORT_NAMES.get(top, top)) for top in {name.split(".")[0] for name in names}}
+
+
+def test_every_declared_dependency_is_imported_by_the_package() -> None:
+    imported = imports_of({"data", "stage1_tokenizer", "stage2_prior"})
+    for text in PROJECT["dependencies"]:
+        name = normal(Requirement(text).name)
+        assert name in imported, f"{name} is declared in pyproject.toml and nothing imports it: remove it"
+
+
 def test_what_the_code_imports_is_declared() -> None:
     declared = {normal(Requirement(text).name) for text in [*PROJECT["dependencies"], *EXTRAS]}
     rooms = {"data", "stage1_tokenizer", "stage2_prior", "tests"}
@@ -71,7 +89,7 @@ def test_one_test_command_everywhere() -> None:
 def test_the_demo_runs_commands_and_configs_that_exist() -> None:
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
     modules = re.findall(r"python -m ([\w.]+)", recipe)
-    assert modules[0] == "data" and modules[-1] == "stage2_prior" and len(modules) == 6
+    assert modules[0] == "data" and modules[-1] == "stage2_prior.evaluation.summary" and len(modules) == 7
     for module in modules:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from stage1_tokenizer.training.cli import UnspoolCLI, UsageError, run_cli
+from stage1_tokenizer.training.cli import UnspoolCLI, run_cli
+from stage1_tokenizer.training.launch import UsageError
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 
 

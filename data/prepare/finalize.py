@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from data.prepare.chunks import CODECS, Chunk, PrepareConfig
+from data.prepare.chunks import CODECS, Chunk
+from data.prepare.options import PrepareConfig
 from data.prepare.quality import near_duplicates
 from data.reading.shards import ShardReader, ShardWriter
 from data.schema import SCHEMA_VERSION, SPLITS, DataError, Drop, write_bytes, write_json

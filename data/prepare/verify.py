@@ -13,7 +13,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from data.pictures.decode import PictureError, decode
-from data.reading.shards import ShardReader, index_tar
+from data.reading.shards import ShardReader
+from data.reading.tar_index import index_tar
 from data.schema import IMAGE_MEMBERS, LATENT_MEMBER, DataError, read_manifest
 
 

@@ -14,17 +14,15 @@ import hashlib
 import json
 import os
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from data.reading.tar_index import BLOCK, index_tar
 from data.schema import DataError, unwritable
 
-_BLOCK = 512
 _OPEN_FILES = 400
-_PLAIN = ord("0")  # the type of a plain file
-_RECORD = 20 * _BLOCK  # tar pads its files to whole records
+_RECORD = 20 * BLOCK  # tar pads its files to whole records
 
 
 class ShardWriter:
@@ -57,7 +55,7 @@ class ShardWriter:
         for member, content in members.items():
             self._append(tar_header(f"{key}.{member}", len(content)))
             self._append(content)
-            self._append(b"\0" * (-len(content) % _BLOCK))
+            self._append(b"\0" * (-len(content) % BLOCK))
         self.count += 1
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -66,7 +64,7 @@ class ShardWriter:
         if kind is not None:
             self._abandon()
             return
-        self._append(b"\0" * (2 * _BLOCK))  # the end of the archive
+        self._append(b"\0" * (2 * BLOCK))  # the end of the archive
         self._append(b"\0" * (-self.bytes % _RECORD))
         try:
             self._file.flush()
@@ -115,106 +113,6 @@ def _header_template() -> bytes:
     info = tarfile.TarInfo("")
     info.mode = 0o644
     return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-class Place(NamedTuple):
-    """Where a member's bytes lie in its tar."""
-
-    offset: int
-    size: int
-
-
-class Entry(NamedTuple):
-    """One sample of a shard: its key and its members by extension (lower case)."""
-
-    key: str
-    members: dict[str, Place]
-
-
-def index_tar(path: Path) -> list[Entry]:
-    """Return the samples of a tar, in order.
-
-    Raises:
-        DataError: the tar is truncated or not a tar, or a key comes back after another one's members.
-    """
-    entries: list[Entry] = []
-    seen: set[str] = set()
-    for name, place in member_places(path):
-        key, member = split_member(name)
-        if entries and entries[-1].key == key:
-            if member in entries[-1].members:
-                raise DataError(f"{path} holds {name} twice; write it again")
-            entries[-1].members[member] = place
-            continue
-        if key in seen:
-            raise DataError(f"{path} holds the members of key {key} in two places; write it again")
-        seen.add(key)
-        entries.append(Entry(key, {member: place}))
-    return entries
-
-
-def member_places(path: Path) -> Iterator[tuple[str, Place]]:
-    """Yield (name, place) of every file in a tar, in order.
-
-    Plain headers, those that this program and WebDataset write, are read directly, which is ten times faster than
-    `tarfile`; from the first header of another kind on (long names, links, extensions), `tarfile` reads the rest.
-
-    Raises:
-        DataError: the tar is truncated, or not a tar.
-    """
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            header = file.read(_BLOCK)
-            offset = 0
-            while header[:1] not in (b"", b"\0"):
-                # A plain file's octal size, type "0", and no prefix to its name.
-                if len(header) < _BLOCK or header[156] != _PLAIN or header[345] or header[124] & 0x80:
-                    break
-                length = int(header[124:136].rstrip(b"\0 "), 8)
-                # The sum of all bytes, its own digits as spaces; Adler's lower half is that sum + 1, modulo 65521.
-                stated = header[148:156]
-                if (int(stated.rstrip(b"\0 "), 8) - 256 + sum(stated) + 1) % 65521 != zlib.adler32(header) & 0xFFFF:
-                    break
-                offset += _BLOCK
-                if offset + length > size:
-                    raise DataError(f"{path} is truncated inside member {_name(header)}; write or fetch it again")
-                yield _name(header), Place(offset, length)
-                offset += -(-length // _BLOCK) * _BLOCK
-                file.seek(offset)
-                header = file.read(_BLOCK)
-            else:
-                if not header:
-                    raise DataError(f"{path} ends without the end of a tar; it is truncated, write or fetch it again")
-                return
-            if len(header) < _BLOCK:
-                raise DataError(f"{path} is truncated inside a header; write or fetch it again")
-            file.seek(offset)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    if not info.isfile():
-                        continue
-                    if info.offset_data + info.size > size:
-                        raise DataError(f"{path} is truncated inside member {info.name}; write or fetch it again")
-                    yield info.name, Place(info.offset_data, info.size)
-                file.seek(tar.offset)
-                if file.read(1) != b"\0":
-                    raise DataError(f"{path} ends without the end of a tar; it is truncated, write or fetch it again")
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} is not a readable tar ({error}); write or fetch it again") from error
-
-
-def _name(header: bytes) -> str:
-    return header[:100].split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def split_member(name: str) -> tuple[str, str]:
-    """Return (key, extension) of a member's name, cut at the first dot of its last part, as WebDataset does."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
 
 
 class ShardReader:

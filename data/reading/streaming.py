@@ -30,8 +30,8 @@ from data.pictures.transforms import to_unit_range
 from data.reading.datamodule import ImageDataModule
 from data.reading.datasets import as_is, captions_of, collate, decode_image, label_of
 from data.reading.memory import BatchMemory
+from data.reading.urls import tar_urls
 from data.schema import DECODED_MEMBERS, IMAGE_MEMBERS, DataError
-from data.sources.tars import tar_urls
 
 
 class Stream(IterableDataset[dict[str, Any]]):

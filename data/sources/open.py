@@ -15,12 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.reading.urls import is_remote, refuse_pipe, tar_urls
 from data.schema import DataError, Source
 from data.sources.captions import find_captions_files
 from data.sources.folders import class_folders, folder_with_captions, looks_like_classes
 from data.sources.parquet import Parquet, parquet_files
 from data.sources.scenes import Scenes
-from data.sources.tars import Tars, is_remote, refuse_pipe, tar_urls
+from data.sources.tars import Tars
 
 KINDS = ("scenes", "folder", "classes", "parquet", "tars")
 TEMPLATES = ("a photo of a {label}",)

@@ -18,46 +18,39 @@ A lit module for this command line has: `networks` (nn.Module, what EMA averages
 below `folder`) and `load_export(run_dir)` (load it from there). It is given `run_dir` and `stage_dir` (Path) first.
 """
 
-import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
-from stage1_tokenizer.precision import has_fast_bfloat16
 from stage1_tokenizer.spec import public_path
-from stage1_tokenizer.training.callbacks import (
-    ConfiguredRates,
-    ExportAtEnd,
-    NaNGuard,
-    RandomStates,
-    RunCheckpoint,
-    Throughput,
-)
+from stage1_tokenizer.training.callbacks import ConfiguredRates, NaNGuard, Throughput
+from stage1_tokenizer.training.checkpoint import ExportAtEnd, RandomStates, RunCheckpoint
 from stage1_tokenizer.training.config_files import with_files
 from stage1_tokenizer.training.ema import EMAWeights
+from stage1_tokenizer.training.launch import (
+    Precision,
+    UsageError,
+    compile_networks,
+    launched_by_another_rank,
+    quieten_lightning,
+    resolve_precision,
+    several_ranks,
+)
 from stage1_tokenizer.training.progress import StatusLine
 from stage1_tokenizer.training.run_folder import MetricsFile, RunFolder
 from stage1_tokenizer.training.sizes import link_sizes
 
-Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]  # weights stay in float32: updates are too small
-
 RANK_OPTIONS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
 ROOMS = ("data", "stage1_tokenizer", "stage2_prior")
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
-
-
-class UsageError(ValueError):
-    """Options that contradict each other or what they are applied to."""
 
 
 class ShortErrorParser(LightningArgumentParser):
@@ -253,8 +246,9 @@ def run_cli(
     """Run one command of a stage; returns the CLI object, for programs and tests that look at its trainer or model.
 
     stage: "stage1" or "stage2". prog: the command as the user types it. args: words of the command line; None takes
-    them from the process. callbacks: of the stage's own, beside those that every run has. Wrong usage exits with status 2; an error that this project raised to its user (a ValueError
-    or OSError) is printed as one sentence and exits with status 1. With UNSPOOL_TRACEBACK=1 it keeps its traceback.
+    them from the process. callbacks: of the stage's own, beside those that every run has. Wrong usage exits with
+    status 2; an error that this project raised to its user (a ValueError or OSError) is printed as one sentence and
+    exits with status 1. With UNSPOOL_TRACEBACK=1 it keeps its traceback.
     """
     quieten_lightning()
     try:
@@ -273,63 +267,3 @@ def raised_for_the_user(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     rooms = [SOURCE_ROOT / room for room in ROOMS]
     return bool(frames) and any(Path(frames[-1].filename).resolve().is_relative_to(room) for room in rooms)
-
-
-def resolve_precision(precision: Precision, accelerator: str) -> str:
-    """Lightning's name of the precision to use on `accelerator` ("auto", "cpu", "cuda", "gpu").
-
-    Raises UsageError for float16 on a CPU, which would run, slowly, and overflow.
-    """
-    cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
-    if precision == "auto":
-        return "bf16-mixed" if has_fast_bfloat16(torch.device("cuda" if cuda else "cpu")) else "32-true"
-    if precision == "16-mixed" and not cuda:
-        raise UsageError("got precision 16-mixed on a CPU; choose bf16-mixed, 32-true or auto")
-    return precision
-
-
-def several_ranks(devices: list[int] | str | int, nodes: int, accelerator: str) -> bool:
-    """True if a fit with these options of Lightning's trainer, or its launcher (torchrun), uses more than one rank."""
-    if nodes > 1 or int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        return True
-    if isinstance(devices, list):
-        return len(devices) > 1
-    if str(devices) in ("auto", "-1"):
-        return accelerator in ("auto", "cuda", "gpu") and torch.cuda.device_count() > 1
-    indices = [d for d in str(devices).split(",") if d.strip()]  # "0,1" names two devices, "2" and 2 count them
-    return len(indices) > 1 or ("," not in str(devices) and int(devices) > 1)
-
-
-def compile_networks(networks: nn.Module, backend: str = "inductor") -> int:
-    """Compile `networks` in place, keeping the names of its weights; returns the number of compiled modules.
-
-    A module that has a forward of its own is compiled as a whole; one that has none is a container, and its children
-    are taken instead.
-    """
-    if type(networks).forward is not nn.Module.forward:
-        networks.compile(backend=backend)
-        return 1
-    return sum(compile_networks(child, backend) for child in networks.children())
-
-
-def launched_by_another_rank() -> bool:
-    """True in a process that another process of the same fit started: what is decided once was decided there."""
-    return any(os.environ.get(name, "0") != "0" for name in ("LOCAL_RANK", "RANK", "SLURM_PROCID"))
-
-
-def quieten_lightning() -> None:
-    """Leave out what Lightning prints about itself, its products, and this machine's lack of TPUs; keep warnings."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",  # small sets are held in memory, where workers only cost
-        ".*The number of training batches .* is smaller than the logging interval.*",
-        ".*srun.*",
-        ".*GPU available but not used.*",
-        ".*your dataloader is not resumable.*",  # the data modules of this project resume exactly
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*in eval mode at the start of training.*",  # frozen parts, which the lit modules put there
-        ".*predict returned None.*",  # predict writes files, it returns nothing
-        ".*torch.jit.script. is deprecated.*",  # a library's own use of it
-    ):
-        warnings.filterwarnings("ignore", message=message)

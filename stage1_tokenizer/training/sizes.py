@@ -3,8 +3,8 @@
     sizes: {image_size: 32, num_latents: 24, latent_dim: 5, width: 128}
 
 Each is linked (jsonargparse's `link_arguments`) to the arguments of parts that must agree with it; a part whose class
-has no such argument is left alone, and a config without `sizes` names them part by part. Linked arguments are left out of
-`--print_config`. A part that says something else than its class's default contradicts, which is one sentence.
+has no such argument is left alone, and a config without `sizes` names them part by part. `--print_config` leaves linked
+arguments out. A part that says something else than its class's default contradicts, which is one sentence.
 """
 
 import inspect

@@ -30,8 +30,8 @@ from torch import Tensor
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, frechet_distance, precision_recall
 from stage1_tokenizer.evaluation.picture_data import draw_training
-from stage2_prior.base import LatentSpace
 from stage2_prior.captions import longest
+from stage2_prior.latent_space import LatentSpace
 
 MANY = 200  # pictures below which a distance between two sets says little
 POINTS = 10  # sizes from half of the pictures to all of them, at which the line in 1 / n is fitted

@@ -27,7 +27,7 @@ from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, RandomConvFeatures
 from stage1_tokenizer.evaluation.provenance import provenance
-from stage2_prior.base import LatentSpace, Prior
+from stage2_prior.base import Prior
 from stage2_prior.captions import askable
 from stage2_prior.evaluation.captioning_report import captioning_report
 from stage2_prior.evaluation.distances import distance_report, features_of
@@ -35,6 +35,7 @@ from stage2_prior.evaluation.faithfulness import faithfulness_report
 from stage2_prior.evaluation.held_out import HeldOutData, held_out_latents, same_samples
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
 from stage2_prior.evaluation.sampling import Sampler, device_of
+from stage2_prior.latent_space import LatentSpace
 
 SEEDS = 8  # pictures of one caption, and captions of which so many are drawn
 

@@ -14,7 +14,7 @@ import torch
 from data.reading.datamodule import ImageDataModule
 from data.reading.order import spread_rows
 from data.schema import DataError
-from stage2_prior.base import LatentSpace
+from stage2_prior.latent_space import LatentSpace
 
 
 class HeldOutData(Protocol):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from data.reading.order import spread_rows
-from stage2_prior.base import Prior, PriorError
+from stage2_prior.base import Prior
+from stage2_prior.latent_space import PriorError
 
 CHOICES = 10  # captions that a line is scored under, its own among them
 STEPS = 8  # of the solver; twice as many for the figure in nats, whose error is the difference

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.precision import matmul_dtype
-from stage2_prior.base import LatentSpace, Prior
+from stage2_prior.base import Prior
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads.solvers import Solver
+from stage2_prior.latent_space import LatentSpace
 
 
 @dataclass

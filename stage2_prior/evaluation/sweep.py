@@ -28,7 +28,7 @@ from stage1_tokenizer.evaluation.provenance import provenance
 from stage1_tokenizer.evaluation.report import Report
 from stage1_tokenizer.precision import default_device
 from stage1_tokenizer.spec import build
-from stage2_prior.base import Prior, load_space
+from stage2_prior.base import Prior
 from stage2_prior.captions import askable
 from stage2_prior.evaluation.distances import features_of
 from stage2_prior.evaluation.faithfulness import caption_groups, faithfulness
@@ -36,6 +36,7 @@ from stage2_prior.evaluation.held_out import same_samples
 from stage2_prior.evaluation.sampling import Sampler, Samples
 from stage2_prior.guidance import ALWAYS, Guidance, GuidanceError
 from stage2_prior.heads.solvers import SamplerError, Solver
+from stage2_prior.latent_space import load_space
 
 
 @dataclass

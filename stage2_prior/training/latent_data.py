@@ -10,7 +10,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from data.reading.datamodule import ImageDataModule, LatentDataModule, ShardDataModule
+from data.reading.datamodule import ImageDataModule, LatentDataModule
+from data.reading.shard_module import ShardDataModule
 from data.schema import DataError
 from stage2_prior.captions import longest
 

@@ -23,11 +23,13 @@ from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.optim import planned_steps
 from stage1_tokenizer.training.options import OptimizerOptions, ScheduleOptions
-from stage2_prior.base import LatentSpace, Prior, PriorError, Text, load_space
+from stage2_prior.base import Prior
 from stage2_prior.captions import longest
 from stage2_prior.evaluation.generation import GenerationReport
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads.solvers import Solver
+from stage2_prior.latent_space import LatentSpace, PriorError, load_space
+from stage2_prior.request import Text
 from stage2_prior.training.latent_data import CaptionSource
 
 

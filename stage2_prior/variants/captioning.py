@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import END, PAD, START, CaptionVocabulary
 from stage2_prior.backbone import Backbone
-from stage2_prior.base import PriorError, Text
 from stage2_prior.conditions import WORD_STD, CaptionWords, Condition
 from stage2_prior.heads.base import Head
+from stage2_prior.latent_space import PriorError
 from stage2_prior.orders import LearnedOrder, causal_mask, gather_line
 from stage2_prior.prior import CausalPrior
+from stage2_prior.request import Text
 
 
 class CaptioningPrior(CausalPrior):

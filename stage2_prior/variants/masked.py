@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
-from stage2_prior.base import Prior, PriorError, Request, Text
+from stage2_prior.base import Prior
 from stage2_prior.conditions import WORD_STD, Condition, TrainingData, WordSum, words_of
 from stage2_prior.guidance import Guidance
 from stage2_prior.heads.base import Head
 from stage2_prior.heads.solvers import Solver
+from stage2_prior.latent_space import PriorError
 from stage2_prior.orders import LearnedOrder, RandomOrder, bidirectional_mask, gather_line
 from stage2_prior.prior import check_density, check_parts, token_positions
+from stage2_prior.request import Request, Text
 
 
 class MaskedPrior(Prior):

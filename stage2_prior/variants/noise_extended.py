@@ -24,14 +24,16 @@ from stage1_tokenizer.flow import interpolate, logit_normal_times, velocity
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
-from stage2_prior.base import Prior, PriorError, Request, Text
+from stage2_prior.base import Prior
 from stage2_prior.conditions import WORD_STD, Condition, TrainingData, words_of
 from stage2_prior.heads.base import refuse_symbols
 from stage2_prior.heads.nets import TIME_FEATURES, time_features
 from stage2_prior.heads.solvers import Midpoint, Solver, check_solver
+from stage2_prior.latent_space import PriorError
 from stage2_prior.likelihood import half_step_times, ode_log_prob
 from stage2_prior.orders import noise_extended_blocks, noise_extended_mask
 from stage2_prior.prior import token_positions
+from stage2_prior.request import Request, Text
 
 
 class NoiseExtendedPrior(Prior):

@@ -25,7 +25,7 @@ from data.reading.latents import LatentShardWriter, write_latent_manifest
 from data.schema import SPLITS
 from stage1_tokenizer.export import save_module
 from stage1_tokenizer.spec import Spec
-from stage2_prior.base import PriorError
+from stage2_prior.latent_space import PriorError
 
 LEAST_SCALE = 0.02  # of a channel, so that a pixel that never changes is not divided by nothing
 

@@ -32,7 +32,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from data.prepare.chunks import Chunk, PrepareConfig, write_chunk
+from data.prepare.chunks import Chunk, write_chunk
+from data.prepare.options import PrepareConfig
 from data.reading.datamodule import ImageDataModule
 from data.reading.datasets import as_is
 from data.reading.order import permutation

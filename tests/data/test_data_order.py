@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data.prepare.chunks import PrepareConfig
 from data.prepare.engines import processes, run
+from data.prepare.options import PrepareConfig
 from data.reading.datamodule import ImageDataModule
 from data.reading.order import BatchOrder, ShardOrder, permutation, spread_rows
 from data.schema import DataError

@@ -22,8 +22,8 @@ from PIL import Image
 
 from data.__main__ import main
 from data.prepare import finalize as finalize_module
-from data.prepare.chunks import PrepareConfig
 from data.prepare.engines import processes, ray, run
+from data.prepare.options import PrepareConfig
 from data.prepare.stats import describe, plot
 from data.prepare.verify import verify
 from data.schema import DataError

@@ -23,7 +23,8 @@ from data.reading.datamodule import ImageDataModule, LatentDataModule
 from data.reading.datasets import decode_image
 from data.reading.latents import LatentShardWriter, write_latent_manifest
 from data.reading.memory import BatchMemory
-from data.reading.shards import ShardReader, ShardWriter, index_tar, member_places
+from data.reading.shards import ShardReader, ShardWriter
+from data.reading.tar_index import index_tar, member_places
 from data.schema import DataError
 from data.sources.open import SourceConfig
 from data.sources.scenes import Scenes

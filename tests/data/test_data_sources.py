@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.reading.urls import tar_urls
 from data.schema import DataError, Sample, clean_key, split_named
 from data.sources.captions import read_captions
 from data.sources.open import SourceConfig, find_kind, open_source
-from data.sources.tars import tar_urls
 from tests.data_samples import dropped_in, encoded, flickr_folder, photo, prepared, records_in, samples_in, tar_of
 
 pyarrow = pytest.importorskip("pyarrow")

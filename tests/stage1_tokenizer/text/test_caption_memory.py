@@ -131,7 +131,3 @@ def test_what_does_not_fit_is_refused() -> None:
         CaptionMemory(0)
     with pytest.raises(ValueError, match="memory has embed_dim 8 and context_length 12 but the tower 16 and 12"):
         text_part(CaptionMemory(4, 8, L))
-    text = text_part(CaptionMemory(4, E, L))
-    ids = ids_of(text, CAPTIONS)[:, None].expand(-1, 2, -1)
-    with pytest.raises(ValueError, match="got 2 captions per picture and a memory of one"):
-        text.losses(torch.randn(4, K, C), ids)

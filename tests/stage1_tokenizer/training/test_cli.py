@@ -9,14 +9,8 @@ import yaml
 from torch import Tensor, nn
 
 from stage1_tokenizer.training import cli as cli_module
-from stage1_tokenizer.training.cli import (
-    UnspoolCLI,
-    UsageError,
-    compile_networks,
-    resolve_precision,
-    run_cli,
-    several_ranks,
-)
+from stage1_tokenizer.training.cli import UnspoolCLI, run_cli
+from stage1_tokenizer.training.launch import UsageError, compile_networks, resolve_precision, several_ranks
 from tests.tiny import CAPTIONS, pictures, tiny_tokenizer
 from tests.tiny_run import NumbersModule, TinyLit, fresh, run
 

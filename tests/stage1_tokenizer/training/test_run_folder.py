@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from stage1_tokenizer.training.callbacks import NaNGuard, NonFiniteLossError, RunCheckpoint
+from stage1_tokenizer.training.callbacks import NaNGuard, NonFiniteLossError
+from stage1_tokenizer.training.checkpoint import RunCheckpoint
 from stage1_tokenizer.training.ema import EMAWeights
 from tests.tiny_run import TinyLit, checkpoint, fresh, run
 

@@ -22,12 +22,12 @@ from stage1_tokenizer.evaluation.classifier import AttributeClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, fit_classifier
 from stage1_tokenizer.training.cli import run_cli
 from stage2_prior import CausalPrior, Prior
-from stage2_prior.base import load_space
 from stage2_prior.captions import longest
 from stage2_prior.evaluation import distances, generation, sweep as sweep_module
 from stage2_prior.evaluation.generation import GenerationReport
 from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.mse import MSEHead
+from stage2_prior.latent_space import load_space
 from stage2_prior.training.latent_data import PriorDataModule, PriorImageModule, read_captions
 from stage2_prior.training.lit_prior import LitPrior
 from tests.tiny import SIZE, C, K, tiny_tokenizer

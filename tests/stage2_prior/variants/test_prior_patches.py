@@ -10,7 +10,7 @@ import torch
 
 from data.__main__ import main as data_main
 from data.reading.datamodule import LatentDataModule
-from stage2_prior.base import PriorError, load_space
+from stage2_prior.latent_space import PriorError, load_space
 from stage2_prior.orders import SpiralOrder
 from stage2_prior.variants.patches import PatchLatents, main
 
