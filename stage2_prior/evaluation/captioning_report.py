@@ -13,7 +13,6 @@ from torch import Tensor
 
 from stage2_prior.base import Prior
 from stage2_prior.captions import longest
-from stage2_prior.latent_space import PriorError
 
 EXAMPLES = 10  # readings that a report shows
 
