@@ -25,6 +25,11 @@ class Supervision(Spec, nn.Module):
     lengths: list[int]
     vocabulary: Any
     balance: nn.Module
+    captioner: Any  # a part that writes captions of prefixes, None where there is none: see text.captioner
+
+    def competing(self, k: int) -> list[int]:
+        """Prefix lengths whose vectors compete for a caption once k latents are there."""
+        return [k]
 
     def sized(self) -> dict[str, nn.Module]:
         """Parts by name whose num_latents and latent_dim must be the tokenizer's."""

@@ -24,7 +24,7 @@ from stage1_tokenizer.evaluation.probes import (
 )
 from stage1_tokenizer.evaluation.retrieval import retrieval
 from stage1_tokenizer.prefixes import keep_mask
-from stage1_tokenizer.text.supervision import PrefixText
+from stage1_tokenizer.supervision import Supervision
 from stage1_tokenizer.tokenizer import Tokenizer
 
 NUM_CAPTIONS = 1000
@@ -73,7 +73,7 @@ def text_metrics(
         prompts = class_prompts(train["captions"], train["labels"].tolist())
         metrics["zero_shot"] = zero_shot(tokenizer, prefixes, held_out["labels"], prompts)
     if text.captioner is not None:
-        raw = tokenizer.read(z[chosen])  # (N, K, C)
+        raw = tokenizer.unstandardised(z[chosen])  # (N, K, C)
         metrics["caption_bits"] = {name: caption_bits(text, raw, texts, lengths) for name, texts in kinds.items()}
         for item, written in zip(
             metrics["captions_read"], write_captions(text, raw[:NUM_EXAMPLES], lengths), strict=True
@@ -103,7 +103,7 @@ def _retrieval(prefixes: Mapping[int, Tensor], embedded: Tensor, texts: Sequence
 
 
 @torch.inference_mode()
-def caption_bits(text: PrefixText, raw: Tensor, captions: Sequence[str], lengths: Sequence[int]) -> dict[int, float]:
+def caption_bits(text: Supervision, raw: Tensor, captions: Sequence[str], lengths: Sequence[int]) -> dict[int, float]:
     """Mean -log2 p(caption | first k latents) for each length k, and for k = 0: what captions cost without a picture.
 
     raw: latents (N, K, C) before standardisation, of the pictures that `captions` belong to.
@@ -121,7 +121,7 @@ def caption_bits(text: PrefixText, raw: Tensor, captions: Sequence[str], lengths
 
 
 @torch.inference_mode()
-def write_captions(text: PrefixText, raw: Tensor, lengths: Sequence[int]) -> list[dict[int, str]]:
+def write_captions(text: Supervision, raw: Tensor, lengths: Sequence[int]) -> list[dict[int, str]]:
     """The captions that the captioner itself writes for the first k latents of each of raw (N, K, C), by k."""
     captioner = text.captioner
     assert captioner is not None, "the caller looked"

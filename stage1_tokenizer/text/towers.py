@@ -31,7 +31,7 @@ class Tower(Spec, nn.Module):
 
     vocabulary: CaptionVocabulary
     embed_dim: int
-    transformer: nn.Module
+    transformer: Any  # of open_clip
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B,L) -> unit vectors (B,E)."""
@@ -46,7 +46,7 @@ class Tower(Spec, nn.Module):
 
     @property
     def token_width(self) -> int:
-        width: int = self.transformer.width  # type: ignore[assignment]
+        width: int = self.transformer.width
         return width
 
 

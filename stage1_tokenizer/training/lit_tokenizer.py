@@ -89,6 +89,7 @@ class LitTokenizer(pl.LightningModule):
             return
         self.train()  # Lightning does not call it, and `train` below is what puts frozen parts into eval mode
         for loss in self.image_losses:
+            assert isinstance(loss, ImageLoss)
             loss.prepare()
         if self.start.init_from is not None:
             self.tokenizer.start_from(Tokenizer.from_pretrained(self.start.init_from))

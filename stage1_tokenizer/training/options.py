@@ -56,11 +56,11 @@ class ScheduleOptions:
     warmup_steps: int = 30
     flat_fraction: float = 0.3
 
-    def factor(self, total: int) -> Callable[[int], float]:
-        """Factor on the rates by step, in a fit of `total` steps."""
+    def factor(self, total: int | None) -> Callable[[int], float]:
+        """Factor on the rates by step, in a fit of `total` steps (None: only time ends it)."""
         return lambda step: warmup_flat_cosine(step, total, self.warmup_steps, self.flat_fraction)
 
-    def build(self, optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LambdaLR:
+    def build(self, optimizer: torch.optim.Optimizer, total: int | None) -> torch.optim.lr_scheduler.LambdaLR:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, self.factor(total))
 
 

@@ -17,6 +17,7 @@ from data.reading.datamodule import ImageDataModule, LatentDataModule
 from data.reading.latents import LatentShardWriter, begin_latents, write_latent_manifest
 from data.schema import SPLITS, DataError
 from data.sources.open import SourceConfig
+from stage1_tokenizer.training.latent_writer import LatentWriter
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 from stage2_prior.evaluation.held_out import same_samples
 from tests.data_samples import prepared
@@ -51,11 +52,11 @@ class CountingLit(LitTokenizer):
     keys: list[str]
     stop_after: int | None = None
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Any:
         if batch_idx == self.stop_after and dataloader_idx == 0:
             raise Stopped
-        super().predict_step(batch, batch_idx, dataloader_idx)
         self.keys += batch["keys"]
+        return super().predict_step(batch, batch_idx, dataloader_idx)
 
 
 def predict(scenes: Path, run_dir: Path, stop_after: int | None = None, seed: int = 0, **options: Any) -> list[str]:
@@ -65,7 +66,9 @@ def predict(scenes: Path, run_dir: Path, stop_after: int | None = None, seed: in
     data = ImageDataModule(str(scenes), batch_size=4, image_size=16, **options.pop("data", {}))
     data.predict_shard_size = SHARD
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(accelerator="cpu", default_root_dir=run_dir, **{"devices": 1, **quiet, **options})
+    trainer = pl.Trainer(
+        accelerator="cpu", default_root_dir=run_dir, callbacks=[LatentWriter()], **{"devices": 1, **quiet, **options}
+    )
     if stop_after is None:
         trainer.predict(lit, datamodule=data, return_predictions=False)
     else:
@@ -221,7 +224,7 @@ def test_two_ranks_write_what_one_writes(scenes: Path, whole: Path, tmp_path: Pa
         predict(scenes, tmp_path, stop_after)
     script = tmp_path / "two_ranks.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom tests.test_latents import predict\n"
+        "import sys\nfrom pathlib import Path\nfrom tests.data.test_latents import predict\n"
         "if __name__ == '__main__':\n"
         "    predict(Path(sys.argv[1]), Path(sys.argv[2]), strategy='ddp', devices=2)\n"
     )

@@ -194,20 +194,6 @@ def test_a_query_reader_reads_one_latent_and_the_best_query_counts() -> None:
     assert best(image, text, same) < best(image[:, [0, 2]], text, same)
 
 
-def test_short_captions_are_for_short_prefixes() -> None:
-    torch.manual_seed(0)
-    text = tiny_tokenizer().text_part()
-    z = torch.randn(4, 6, 4)
-    short, long = text.vocabulary.encode(["red", "blue", "small", "two"])[0], text.vocabulary.encode(CAPTIONS)[0]
-    both, other = torch.stack([short, long], 1), torch.stack([short, long.roll(1, 0)], 1)
-    found, changed, alone = text.losses(z, both), text.losses(z, other), text.losses(z, short)
-    torch.testing.assert_close(found["text_k1"], alone["text_k1"])
-    torch.testing.assert_close(found["text_k1"], changed["text_k1"])
-    assert (found["text"] - changed["text"]).abs() > 1e-4, "the long caption reaches the longest prefix"
-    assert (found["text"] - alone["text"]).abs() > 1e-4
-    torch.testing.assert_close(text.losses(z, short[:, None])["text"], alone["text"])
-
-
 def test_the_share_of_text_rises_over_its_warmup() -> None:
     """The gradient that text sends into the latents is `factor` times the balanced one; nothing else changes."""
     z = torch.randn(6, 4, 3, requires_grad=True)

@@ -62,9 +62,10 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_lpips_reads_the_trunk_that_it_is_given(trunk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, (x, y) = LPIPSLoss("alex", str(trunk)), pair()
+    loss.prepare()
     assert all(
         (head.weight >= 0).all()
-        for name, head in loss._hidden[0].named_modules()
+        for name, head in loss._network[0].named_modules()
         if name.startswith("lin") and isinstance(head, torch.nn.Conv2d)
     )  # calibrated: a random head has both signs
     value = loss(x.requires_grad_(True), y)
@@ -77,7 +78,7 @@ def test_lpips_reads_the_trunk_that_it_is_given(trunk: Path, monkeypatch: pytest
     assert not isinstance(metric, Skipped) and torch.equal(metric(x, y), value)
 
     stored = torch.load(trunk, weights_only=True)
-    inside = loss._hidden[0].net.state_dict()  # type: ignore[union-attr]
+    inside = loss._network[0].get_submodule("net").state_dict()
     assert torch.equal(inside["slice2.3.weight"], stored["features.3.weight"])
 
     monkeypatch.setenv("TORCH_HOME", str(trunk.parent / "home"))
@@ -90,15 +91,15 @@ def test_lpips_reads_the_trunk_that_it_is_given(trunk: Path, monkeypatch: pytest
 def test_missing_or_foreign_weights_are_named(trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(WeightsError, match=r"found no .*vgg16-397923af.pth; put torchvision's"):
-        LPIPSLoss("vgg")
+        LPIPSLoss("vgg").prepare()
     with pytest.raises(WeightsError, match="nowhere.pth"):
-        LPIPSLoss("alex", str(tmp_path / "nowhere.pth"))
+        LPIPSLoss("alex", str(tmp_path / "nowhere.pth")).prepare()
     with pytest.raises(WeightsError, match="which the squeeze trunk has"):
-        LPIPSLoss("squeeze", str(trunk))
+        LPIPSLoss("squeeze", str(trunk)).prepare()
     stored = torch.load(trunk, weights_only=True)
     stored["features.0.weight"] = torch.zeros(2, 2)
     torch.save(stored, tmp_path / "wrong.pth")
     with pytest.raises(WeightsError, match="other shapes"):
-        LPIPSLoss("alex", str(tmp_path / "wrong.pth"))
+        LPIPSLoss("alex", str(tmp_path / "wrong.pth")).prepare()
     with pytest.raises(ValueError, match="16 pixel pictures, wanted 32"):
-        LPIPSLoss("alex", str(trunk))(*pair(16))
+        LPIPSLoss("alex", str(trunk))(*pair(16)).prepare()

@@ -4,7 +4,6 @@ An overlay's first line names what it goes over: `# Over CONFIG + OVERLAY: what 
 """
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,12 +12,12 @@ import yaml
 from data.__main__ import main as data_main
 from data.reading.latents import LatentShardWriter, write_latent_manifest
 from stage1_tokenizer import Tokenizer
-from stage1_tokenizer.spec import build
 from stage1_tokenizer.training.cli import run_cli
 from stage2_prior import Prior
 from stage2_prior.training.latent_data import PriorDataModule
 from stage2_prior.training.lit_prior import LitPrior
 from stage2_prior.variants.patches import main as cut_patches
+from tests.same_numbers import build
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 OVERLAYS = [None, *sorted((CONFIGS / "variants").glob("prior_*.yaml"))]
@@ -31,10 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random latents of the demo's size and narrow ones, with the tokenizers of both, untrained; a few pictures and
     their patches."""
     folder = tmp_path_factory.mktemp("run")
-    spec = yaml.safe_load((CONFIGS / "stage1" / "demo.yaml").read_text())["model"]["tokenizer"]
-    overlay = yaml.safe_load((CONFIGS / "variants" / "narrow_latents.yaml").read_text())["model"]["tokenizer"]
-    for made, size, described in ((folder, SIZE, spec), (folder / "narrow", NARROW, merged(spec, overlay))):
-        tokenizer = build(described)
+    for made, size, overlays in ((folder, SIZE, []), (folder / "narrow", NARROW, ["variants/narrow_latents"])):
+        tokenizer = build("stage1", ["stage1/demo", *overlays], []).tokenizer
         assert isinstance(tokenizer, Tokenizer) and (tokenizer.num_latents, tokenizer.latent_dim) == size
         tokenizer.vocabulary.fit(CAPTIONS)
         tokenizer.save_pretrained(made / "tokenizer")
@@ -88,16 +85,7 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     wanted = changes.get("model", {}).get("prior", {})
     assert wanted.get("class_path", prior.spec["class_path"]) == prior.spec["class_path"]
     assert subset(wanted.get("init_args", {}), prior.spec["init_args"])  # the overlay arrived
-    guidance = changes.get("model", {}).get("guidance")
-    assert guidance is None or cli.model.guidance.spec["class_path"] == guidance["class_path"]
     assert type(cli.datamodule).__name__ == ("PriorImageModule" if from_pictures else "PriorDataModule")
-
-
-def merged(config: Any, overlay: Any) -> Any:
-    """`config` with what `overlay` says instead."""
-    if not (isinstance(config, dict) and isinstance(overlay, dict)):
-        return overlay
-    return config | {key: merged(config.get(key), value) for key, value in overlay.items()}
 
 
 def subset(wanted: object, found: object) -> bool:
