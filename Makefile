@@ -27,16 +27,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 # Each line is a command that can be typed by itself. The stages keep nothing from an earlier demo (--overwrite true).
+# Latents of 5 floats: with 16, the first one holds nearly the whole picture and there is little left to unroll.
+DEMO_1 = --config configs/stage1/demo.yaml --config configs/variants/narrow_latents.yaml
+DEMO_2 = --config configs/stage2/demo.yaml --config configs/variants/prior_narrow_latents.yaml
 demo: setup
 	python -m data prepare --source scenes --num 40000 --seed 0 --out runs/demo/data
-	python -m stage1_tokenizer fit --config configs/stage1/demo.yaml --overwrite true
-	python -m stage1_tokenizer test --config configs/stage1/demo.yaml
-	python -m stage1_tokenizer predict --config configs/stage1/demo.yaml
-	python -m stage2_prior fit --config configs/stage2/demo.yaml --overwrite true
-	python -m stage2_prior test --config configs/stage2/demo.yaml
+	python -m stage1_tokenizer fit $(DEMO_1) --overwrite true
+	python -m stage1_tokenizer test $(DEMO_1)
+	python -m stage1_tokenizer predict $(DEMO_1)
+	python -m stage2_prior fit $(DEMO_2) --overwrite true
+	python -m stage2_prior test $(DEMO_2)
+	python -m stage2_prior showcase --run_dir runs/demo --out runs/demo/showcase.png
 
 # The same run without text losses, and its figures beside the demo's.
-NO_TEXT = --config configs/stage1/demo.yaml --config configs/variants/no_text.yaml \
+NO_TEXT = $(DEMO_1) --config configs/variants/no_text.yaml \
 	--run_dir runs/demo_no_text --data.data_dir runs/demo/data
 text-cost: setup
 	python -m stage1_tokenizer fit $(NO_TEXT) --overwrite true
@@ -46,7 +50,7 @@ text-cost: setup
 # Does learning to draw help learning to read? One prior that does both, one that only reads (as many steps, and as much time), and
 # one that draws the line backwards; three seeds of each with SEEDS="0 1 2". Needs what `make demo` leaves behind.
 SEEDS ?= 0
-CAPTIONING = --config configs/stage2/demo.yaml --config configs/variants/prior_captioning.yaml
+CAPTIONING = $(DEMO_2) --config configs/variants/prior_captioning.yaml
 ONLY = --config configs/variants/prior_captioning_only.yaml
 DEMO_PARTS = --data.data_dir runs/demo/latents --model.tokenizer_dir runs/demo/tokenizer \
 	--model.report.init_args.images_dir runs/demo/data

@@ -89,11 +89,11 @@ def test_one_test_command_everywhere() -> None:
 def test_the_demo_runs_commands_and_configs_that_exist() -> None:
     recipe = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
     modules = re.findall(r"python -m ([\w.]+)", recipe)
-    assert modules[0] == "data" and modules[-1] == "stage2_prior" and len(modules) == 6
+    assert modules[0] == "data" and modules[-1] == "stage2_prior" and len(modules) == 7
     for module in modules:
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
-    for config in re.findall(r"--config (\S+)", recipe):
+    for config in re.findall(r"--config (configs[\w/.]+)", (ROOT / "Makefile").read_text()):
         assert (ROOT / config).is_file(), config
 
 

@@ -48,6 +48,13 @@ def tiny_tokenizer(text: bool = True, linear_path: bool = False, seed: int = 0) 
     return tokenizer.eval()
 
 
+def prefix_text(tokenizer: Tokenizer) -> PrefixText:
+    """The tokenizer's text supervision, as the class that it is here."""
+    text = tokenizer.text_part()
+    assert isinstance(text, PrefixText)
+    return text
+
+
 def awaken(module: torch.nn.Module) -> None:
     """Give zero-initialised matrices small random values: a property that holds only at zero is not one."""
     with torch.no_grad():

@@ -22,7 +22,7 @@ from stage2_prior.prior import PriorError
 from stage2_prior.variants.captioning import CaptioningPrior
 from stage2_prior.variants.masked import MaskedPrior
 from stage2_prior.variants.noise_extended import NoiseExtendedPrior
-from tests.tiny import CAPTIONS, TINY_CLIP, awaken, tiny_clip, tiny_tokenizer
+from tests.tiny import CAPTIONS, TINY_CLIP, awaken, prefix_text, tiny_clip, tiny_tokenizer
 
 K, C, D = 4, 3, 32
 NAMES = ["cat", "dog", "fire truck", "truck"]
@@ -48,7 +48,7 @@ def never() -> nn.Module:
 
 def text_tower(taught: bool = True) -> TextTowerCondition:
     source = tiny_tokenizer()
-    other = tiny_tokenizer(seed=1).text_part().tower
+    other = prefix_text(tiny_tokenizer(seed=1)).tower
     assert isinstance(other, TextTower)
     condition = TextTowerCondition(D, other)
     if taught:
@@ -183,7 +183,7 @@ def test_towers_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConditionError, match="without a text tower"):
         text_tower(False).prepare(Data([]), lambda: tiny_tokenizer(text=False))
     wider = tiny_tokenizer()
-    wider.text_part().tower.spec["init_args"]["layers"] = 7
+    prefix_text(wider).tower.spec["init_args"]["layers"] = 7
     with pytest.raises(ConditionError, match="'layers': 7.*copy text.tower"):
         text_tower(False).prepare(Data([]), lambda: wider)
     with pytest.raises(ValueError, match="no rows yet"):

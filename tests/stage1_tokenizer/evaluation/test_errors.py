@@ -10,11 +10,12 @@ from stage1_tokenizer.evaluation.attributes import Slots
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier, LabelClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, fit_classifier
 from stage1_tokenizer.evaluation.frechet import frechet_distance, precision_recall
-from stage1_tokenizer.evaluation.image_metrics import lpips_metric, psnr, ssim
+from stage1_tokenizer.evaluation.image_metrics import lpips_metric
 from stage1_tokenizer.evaluation.latent_use import latent_use
 from stage1_tokenizer.evaluation.picture_sheet import image_strip
 from stage1_tokenizer.evaluation.report import Report
 from stage1_tokenizer.evaluation.retrieval import retrieval
+from stage1_tokenizer.similarity import psnr, ssim
 
 PICTURES, SMALL, SLOTS = torch.zeros(4, 3, 24, 24), torch.zeros(4, 3, 8, 8), Slots({"class": ["0", "1"]})
 FEW = {"images": SMALL, "labels": torch.zeros(4, dtype=torch.long)}

@@ -14,7 +14,7 @@ from stage1_tokenizer.text.readers import PrefixReader
 from stage1_tokenizer.text.supervision import PrefixText
 from stage1_tokenizer.text.towers import TextTower
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
-from tests.tiny import CAPTIONS, C, K, awaken, pictures, tiny_tokenizer
+from tests.tiny import CAPTIONS, C, K, awaken, pictures, prefix_text, tiny_tokenizer
 
 E, L = 16, 12
 OTHERS = ["a green star", "a green star below a red circle", "three red stars", "one blue circle"]
@@ -101,7 +101,7 @@ def test_nothing_is_learned_through_what_is_kept_and_nothing_is_kept_outside_tra
 
 def with_memory(seed: int = 0) -> Tokenizer:
     tokenizer = tiny_tokenizer(seed=seed)
-    text = tokenizer.text_part()
+    text = prefix_text(tokenizer)
     torch.manual_seed(seed)
     tokenizer.text = PrefixText(text.tower, text.reader, text.contrast, text.lengths, memory=CaptionMemory(8, E, L))
     return tokenizer
@@ -109,15 +109,15 @@ def with_memory(seed: int = 0) -> Tokenizer:
 
 def test_a_checkpoint_has_it_and_an_export_has_not(tmp_path: Path) -> None:
     tokenizer = with_memory()
-    text = tokenizer.text_part()
+    text = prefix_text(tokenizer)
     text.train().losses(torch.randn(4, K, C), ids_of(text, CAPTIONS))
     other = with_memory(1)
     other.load_state_dict(tokenizer.state_dict())
-    kept = other.text_part().memory
+    kept = prefix_text(other).memory
     assert kept is not None and text.memory is not None and torch.equal(kept.embedded, text.memory.embedded)
     tokenizer.eval().save_pretrained(tmp_path)
     loaded = Tokenizer.from_pretrained(tmp_path)
-    assert loaded.text_part().memory is None
+    assert prefix_text(loaded).memory is None
     z = tokenizer.encode(pictures())
     assert torch.equal(loaded.embed_latents(z), tokenizer.embed_latents(z))
     fresh = with_memory(2)

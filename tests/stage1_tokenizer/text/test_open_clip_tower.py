@@ -15,7 +15,7 @@ from stage1_tokenizer.text.supervision import PrefixText
 from stage1_tokenizer.text.towers import OpenClipTower, WholeVocabulary
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.variants.timm_trunk import TimmTrunk
-from tests.tiny import CAPTIONS, SIZE, TINY_CLIP, C, K, pictures, tiny_clip, tiny_tokenizer
+from tests.tiny import CAPTIONS, SIZE, TINY_CLIP, C, K, pictures, prefix_text, tiny_clip, tiny_tokenizer
 
 MODEL = TINY_CLIP
 
@@ -48,7 +48,7 @@ def test_a_frozen_tower_teaches_and_does_not_learn(weights: Path) -> None:
     ids = tokenizer.vocabulary.encode(CAPTIONS)[0]
     parts, _ = tokenizer.losses(pictures(4), ids)
     tokenizer.total(parts).backward()
-    text = tokenizer.text_part()
+    text = prefix_text(tokenizer)
     assert all(p.grad is None and not p.requires_grad for p in text.tower.parameters())
     assert text.reader.position.weight.grad is not None and text.reader.position.weight.grad.any()
     free = OpenClipTower(WholeVocabulary(16), MODEL, str(weights), frozen=False)
@@ -64,7 +64,7 @@ def test_an_export_holds_the_weights_and_asks_for_no_file(weights: Path, tmp_pat
     checkpoint.unlink()
     again = Tokenizer.from_pretrained(tmp_path / "tokenizer")
     assert torch.equal(again.embed_text(CAPTIONS), tokenizer.embed_text(CAPTIONS))
-    tower = again.text_part().tower
+    tower = prefix_text(again).tower
     assert isinstance(tower, OpenClipTower)
     tower.check_weights()
     assert str(tmp_path) not in (tmp_path / "tokenizer" / "config.json").read_text()

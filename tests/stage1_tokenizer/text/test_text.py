@@ -10,7 +10,7 @@ from stage1_tokenizer.text.readers import PrefixReader, QueryReader
 from stage1_tokenizer.text.supervision import GradientBalance, PrefixText
 from stage1_tokenizer.text.towers import TextTower
 from stage1_tokenizer.text.vocabulary import END, START, UNKNOWN, CaptionVocabulary
-from tests.tiny import CAPTIONS, awaken, tiny_tokenizer
+from tests.tiny import CAPTIONS, awaken, prefix_text, tiny_tokenizer
 
 
 def fitted(rows: int = 64, length: int = 12) -> CaptionVocabulary:
@@ -209,7 +209,7 @@ def test_the_share_of_text_rises_over_its_warmup() -> None:
         found.append(z.grad - alone)
     assert not found[0].any() and found[2].norm() == pytest.approx(0.1 * alone.norm().item(), rel=1e-4)
     torch.testing.assert_close(found[1] * 2, found[2])
-    text_part = tiny_tokenizer().text_part()
+    text_part = prefix_text(tiny_tokenizer())
     assert [text_part.factor(step) for step in (0, 7, 1000)] == [1.0] * 3
     text_part.warmup = 10
     assert [text_part.factor(step) for step in (0, 5, 10, 1000)] == [0.0, 0.5, 1.0, 1.0]
