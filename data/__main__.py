@@ -55,7 +55,11 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="scenes: which ones")
     add("--max-objects", type=int, default=2, help="scenes: 1, 2 or 3")
     add("--words", type=float, nargs="?", const=1.0, default=0.0, help="scenes: fraction with a word in the picture")
-    add("--class-names", default="", help="parquet: names of the labels, a,b,c")
+    add(
+        "--class-names",
+        default="",
+        help="names of the labels, a,b,c; of classes also a file such as words.txt",
+    )
     add("--template", nargs="+", default=list(TEMPLATES), help="captions of a label, with {label} in them")
     add("--size", type=int, default=None, help="side in pixels (scenes: 32, others: 256)")
     add("--resize", default=None, choices=("center_crop", "keep_ratio", "budget", "no"), help="(center_crop)")

@@ -11,10 +11,9 @@ from torch import Tensor
 _BLOCK = 1 << 18  # floats: a megabyte
 
 
-def to_unit_range(pixels: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return uint8 0..255 pixels as contiguous float32 in [-1, 1], same shape; written to `out` where it is given."""
-    if out is None:
-        out = torch.empty(pixels.shape, device=pixels.device)
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Return uint8 0..255 pixels as contiguous float32 in [-1, 1], same shape."""
+    out = torch.empty(pixels.shape, device=pixels.device)
     # On a CPU in blocks that stay in its cache for all three operations; small pictures are one block.
     block = max(1, _BLOCK * len(pixels) // pixels.numel()) if pixels.device.type == "cpu" else len(pixels)
     for part, floats in zip(pixels.split(block), out.split(block), strict=True):

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.pictures.decode import PictureError, open_picture
 from data.pictures.resize import decode_plain_jpeg, pixels_of, resize
 from data.pictures.transforms import flip_some, to_unit_range
-from data.reading.memory import BatchMemory
 from data.reading.order import Batch
 from data.reading.shards import ShardReader
 from data.schema import IMAGE_MEMBERS, LATENT_MEMBER, DataError
@@ -58,11 +57,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         """Return the decoded arrays of one sample, by field name."""
         raise NotImplementedError
 
-    def finish(self, batch: dict[str, Any], device: torch.device, memory: BatchMemory | None = None) -> dict[str, Any]:
-        """Turn stored tensors into those of the contract, on `device`. Runs in the process that uses the batch.
-
-        `memory` lends what the floats are written to on the CPU; None: memory of their own.
-        """
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Turn stored tensors into those of the contract, on `device`. Runs in the process that uses the batch."""
         return {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
@@ -164,11 +160,9 @@ class ImageSet(ShardDataset):
             images[i : i + 1] = flip_some(images[i : i + 1], self.flip, generator)
         return batch
 
-    def finish(self, batch: dict[str, Any], device: torch.device, memory: BatchMemory | None = None) -> dict[str, Any]:
+    def finish(self, batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         batch = super().finish(batch, device)
-        images = batch["images"]
-        lent = memory.empty(images.shape) if memory is not None and device.type == "cpu" else None
-        return {**batch, "images": to_unit_range(images, lent)}
+        return {**batch, "images": to_unit_range(batch["images"])}
 
 
 class LatentSet(ShardDataset):
@@ -255,9 +249,8 @@ class FinishingLoader(DataLoader[dict[str, Any]]):
     """Yields finished batches: pictures travel as uint8, from workers and to the device, and become floats there."""
 
     device = torch.device("cpu")
-    memory: BatchMemory | None = None
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, ShardDataset), "it is made by a ShardDataModule"
         for batch in super().__iter__():
-            yield self.dataset.finish(batch, self.device, self.memory)
+            yield self.dataset.finish(batch, self.device)

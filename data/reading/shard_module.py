@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from data.reading.datasets import FinishingLoader, ShardDataset, as_is
 from data.reading.latents import SHARD_SIZE
-from data.reading.memory import BatchMemory
 from data.reading.order import BatchOrder, ShardOrder, spread_rows
 from data.schema import SPLITS, DataError, read_manifest
 
@@ -205,7 +204,6 @@ class ShardDataModule(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        loader.memory = BatchMemory()
         if self.trainer is not None:
             loader.device = self.trainer.strategy.root_device
         return loader

@@ -29,7 +29,6 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data.pictures.transforms import to_unit_range
 from data.reading.datamodule import ImageDataModule
 from data.reading.datasets import as_is, captions_of, collate, decode_image, label_of
-from data.reading.memory import BatchMemory
 from data.reading.urls import tar_urls
 from data.schema import DECODED_MEMBERS, IMAGE_MEMBERS, DataError
 
@@ -130,9 +129,8 @@ class StreamLoader(DataLoader[dict[str, Any]]):
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, Stream), "a StreamLoader is made by StreamDataModule"
         self.dataset.epoch += 1
-        memory = BatchMemory()
         for batch in super().__iter__():
-            yield {**batch, "images": to_unit_range(batch["images"], memory.empty(batch["images"].shape))}
+            yield {**batch, "images": to_unit_range(batch["images"])}
 
 
 class StreamDataModule(LightningDataModule):

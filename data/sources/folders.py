@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.schema import SOURCE_MEMBERS, DataError, Drop, Sample, Stretch, clean_key, cut, split_named
 from data.sources.captions import find_captions_files, read_captions
+from data.sources.class_names import class_names_of
 
 IMAGE_FOLDERS = (
     "Images",
@@ -144,12 +145,13 @@ def _named_pictures(file: Path, images: Path | None) -> Iterator[Picture]:
         yield Picture(clean_key(item.name.rsplit(".", 1)[0]), folder, item.name, tuple(item.captions), item.split)
 
 
-def class_folders(path: Path, templates: tuple[str, ...]) -> Pictures:
+def class_folders(path: Path, templates: tuple[str, ...], class_names: tuple[str, ...] = ()) -> Pictures:
     """Return the pictures of folders named by class, below folders named by split if there are such.
 
     Args:
         path: the root, e.g. of `root/dog/1.png` or `root/train/dog/1.png`.
-        templates: captions with `{label}` in them, which the folder's name replaces (its underscores as spaces).
+        templates: captions with `{label}` in them, which the class's name replaces.
+        class_names: names of the folders' classes, see `class_names.class_names_of`.
 
     Raises:
         DataError: no pictures in folders.
@@ -160,6 +162,7 @@ def class_folders(path: Path, templates: tuple[str, ...]) -> Pictures:
     splits = {p: split_named(p.name) for p in below if split_named(p.name)}
     roots: dict[Path, str | None] = {**splits} if splits else {path: None}
     names = sorted({p.name for root in roots for p in root.iterdir() if p.is_dir()})
+    name_of = class_names_of(names, class_names)
     pictures = []
     for root, split in roots.items():
         for file in sorted(root.rglob("*")):
@@ -167,9 +170,11 @@ def class_folders(path: Path, templates: tuple[str, ...]) -> Pictures:
             if file.suffix.lower().lstrip(".") not in SOURCE_MEMBERS or "/" not in name or not file.is_file():
                 continue
             label = name.split("/")[0]
-            captions = tuple(template.format(label=label.replace("_", " ")) for template in templates)
+            captions = tuple(template.format(label=name_of[label]) for template in templates)
             key = clean_key(f"{split}/{name}".rsplit(".", 1)[0] if split else name.rsplit(".", 1)[0])
-            pictures.append(Picture(key, root, name, captions, split, names.index(label), label))
+            pictures.append(
+                Picture(key, root, name, captions, split, names.index(label), name_of[label] if class_names else label)
+            )
     if not pictures:
         raise DataError(f"{path} has no pictures in folders; --source classes wants e.g. {path.name}/dog/1.jpg")
     return Pictures(pictures)

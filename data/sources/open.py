@@ -36,7 +36,7 @@ class SourceConfig:
         path: a folder, file or several of them, or URLs; unused by scenes.
         images: the picture folder of a captions file, where it is not beside it.
         num, seed, size, max_objects, words: see `data.sources.scenes.Scenes`.
-        class_names: names of the labels, in order, where the files do not carry them.
+        class_names: names of the labels, in order, where the files do not carry them; of classes also a file of names.
         templates: captions of a labelled picture without text; the name replaces `{label}`.
     """
 
@@ -106,5 +106,5 @@ def open_source(config: SourceConfig) -> Source:
     if kind == "folder":
         return folder_with_captions(Path(config.path[0]), Path(config.images) if config.images else None)
     if kind == "classes":
-        return class_folders(Path(config.path[0]), config.templates)
+        return class_folders(Path(config.path[0]), config.templates, config.class_names)
     raise DataError(f"--source {kind} is unknown, choose one of {', '.join(KINDS)}")
