@@ -8,7 +8,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from stage1_tokenizer.training import cli as cli_module
+from stage1_tokenizer.training import launch
 from stage1_tokenizer.training.cli import UnspoolCLI, run_cli
 from stage1_tokenizer.training.launch import UsageError, compile_networks, resolve_precision, several_ranks
 from tests.tiny import CAPTIONS, pictures, tiny_tokenizer
@@ -82,9 +82,9 @@ def test_unknown_keys_of_a_config_file_and_overlays(tmp_path: Path, capsys: pyte
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_module, "has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr(launch, "has_fast_bfloat16", lambda device: True)
     assert resolve_precision("auto", "cpu") == "bf16-mixed"
-    monkeypatch.setattr(cli_module, "has_fast_bfloat16", lambda device: False)
+    monkeypatch.setattr(launch, "has_fast_bfloat16", lambda device: False)
     assert resolve_precision("auto", "cpu") == "32-true"
     assert resolve_precision("bf16-mixed", "cpu") == "bf16-mixed"
     with pytest.raises(UsageError, match="16-mixed on a CPU"):
