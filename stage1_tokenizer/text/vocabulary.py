@@ -55,6 +55,7 @@ class CaptionVocabulary(Spec, nn.Module):
         self.register_buffer("row_of", torch.full((BPE_SIZE,), UNKNOWN, dtype=torch.int32))
         self.register_buffer("id_of", torch.full((rows,), -1, dtype=torch.int32))
         self.truncated = 0  # captions that were longer than context_length, so far
+        self.unknown = 0  # tokens without a row of their own
 
     @property
     def size(self) -> int:
@@ -81,7 +82,8 @@ class CaptionVocabulary(Spec, nn.Module):
         """Captions -> ids (B, L) long and text_mask (B, L) bool, True = a real token, on the vocabulary's device.
 
         A caption that is too long is cut (counted in `truncated`, the first time with a warning); an empty one is
-        start and end alone.
+        start and end alone. Tokens that are not in the vocabulary become one unknown token (counted in `unknown`, named
+        in a warning the first time outside of training).
         """
         if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
             raise ValueError(
@@ -103,7 +105,13 @@ class CaptionVocabulary(Spec, nn.Module):
             if not self.truncated:
                 log.warning("a caption of %d tokens was cut to %d: %.60r", len(pairs), self.context_length - 2, caption)
             self.truncated += 1
-        return [START, *(table[t] for t in pairs[: self.context_length - 2]), END]
+        rows = [table[t] for t in pairs[: self.context_length - 2]]
+        if UNKNOWN in rows and not self.training and not self.unknown:
+            names = byte_pairs().decoder
+            words = [names[t].replace("</w>", "") for t, row in zip(pairs, rows, strict=False) if row == UNKNOWN]
+            log.warning("not in this vocabulary, so read as one and the same unknown token: %s", ", ".join(words))
+        self.unknown += rows.count(UNKNOWN)
+        return [START, *rows, END]
 
     def table(self) -> list[int]:
         """`row_of` as a plain list, read from the device once and again only after it changed."""

@@ -2,7 +2,8 @@
 
 The average covers the trainable parameters of `pl_module.networks`. Buffers (statistics, counters, codebooks) are never
 averaged: they belong to the networks and stay what they are while the averaged weights are swapped in. Losses' own
-networks (a discriminator, a perceptual trunk) live outside `networks` and cost nothing here.
+networks (a discriminator, a perceptual trunk) live outside `networks` and cost nothing here. (Lightning's own
+WeightAveraging averages a deep copy of the whole lit module, discriminator included, with buffers all or none.)
 
 The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the average of a short run forgets its
 random start.

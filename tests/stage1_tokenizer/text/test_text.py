@@ -213,3 +213,14 @@ def test_the_share_of_text_rises_over_its_warmup() -> None:
     assert [text_part.factor(step) for step in (0, 7, 1000)] == [1.0] * 3
     text_part.warmup = 10
     assert [text_part.factor(step) for step in (0, 5, 10, 1000)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_unknown_words_are_named_once_and_not_in_training(caplog: pytest.LogCaptureFixture) -> None:
+    vocabulary = fitted().train()
+    vocabulary.encode(["a zeppelin"])
+    assert not caplog.records and vocabulary.unknown > 0
+    vocabulary.eval().unknown = 0
+    for _ in range(2):
+        vocabulary.encode(["a red circle", "a red zebra"])
+    (record,) = caplog.records
+    assert "unknown token: zebra" in record.getMessage() and vocabulary.unknown == 2
