@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
 from data.pictures.decode import MAX_PIXELS, ORIENTATION, encode, plain_jpeg_size, to_rgb
 from data.schema import DataError
@@ -72,11 +71,18 @@ def pixels_of(data: bytes, picture: Image.Image, size: int, mode: str) -> Tensor
     reducible = picture.format == "JPEG" and kept >= 4 * target
     # PIL fails on a truncated file, torchvision paints the rest grey: it gets only files that end as JPEG files do.
     if plain and not reducible and data.rstrip(b"\0")[-2:] == b"\xff\xd9":
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        return decode_rgb(data)
     if reducible:
         scale = 2 * target / kept
         picture.draft(None, (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
     return torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)
+
+
+def decode_rgb(data: bytes) -> Tensor:
+    """Return the pixels (3, H, W) uint8 of a JPEG. Raises RuntimeError where it does not decode."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # a second of importing, that `--help` need not wait for
+
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def decode_plain_jpeg(data: bytes, size: int) -> Tensor | None:
@@ -90,7 +96,7 @@ def decode_plain_jpeg(data: bytes, size: int) -> Tensor | None:
     found = plain_jpeg_size(data)
     if found is None or found[0] * found[1] > MAX_PIXELS or min(found) >= 4 * size:
         return None
-    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    return decode_rgb(data)
 
 
 def resize(pixels: Tensor, size: int, mode: str = "center_crop") -> Tensor:
@@ -109,6 +115,8 @@ def resize(pixels: Tensor, size: int, mode: str = "center_crop") -> Tensor:
 def encode_pixels(pixels: Tensor, member: str, quality: int) -> bytes:
     """Return `pixels` (3, H, W) uint8 as the bytes of a "jpg", "webp" or "png"."""
     if member == "jpg":  # the same bytes as PIL's but for the header, without its two copies
+        from torchvision.io import encode_jpeg
+
         return bytes(encode_jpeg(pixels, quality).numpy())
     return encode(as_picture(pixels), member, quality)
 

@@ -67,7 +67,8 @@ def showcase(tokenizer: Tokenizer, prior: Prior, data: ImageDataModule, guidance
     columns = len(ladder)
     figure = Figure(figsize=(1.25 * columns, 1.45 * ROWS + 4.4), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.45 * ROWS, 4.0], hspace=0.0)
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.45 * ROWS, 4.0], hspace=0.0)
+    upper, lower = halves
     titles = [f"{k} latent{'s' * (k > 1)}" for k in lengths] + ["original"]
     grid = upper.subplots(
         ROWS,
