@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.reading.crops import CroppedImageSet
 from data.reading.datasets import ImageSet, LatentSet, ShardDataset
 from data.reading.shard_module import ShardDataModule
 from data.reading.shards import ShardReader
@@ -32,6 +33,8 @@ class ImageDataModule(ShardDataModule):
     Args:
         image_size: side S of the batches; stored pictures of another size are centre-cropped and resized.
         flip: probability of mirroring a training picture; leave it 0 where captions say left and right.
+        random_crop: training pictures are random crops, another one in every epoch, of shards that keep their aspect
+            (`prepare --resize keep_ratio`); such pictures are not held in memory.
         val_fraction: share of the keys that are held out where the directory is not of `prepare` and has no splits.
     """
 
@@ -50,11 +53,15 @@ class ImageDataModule(ShardDataModule):
         predict_splits: Sequence[str] = SPLITS,
         flip: float = 0.0,
         val_fraction: float = 0.05,
+        random_crop: bool = False,
     ) -> None:
         super().__init__(data_dir, batch_size, val_batch_size, num_workers, seed, in_memory, drop_last, predict_splits)
         if not 0.0 <= flip <= 1.0:
             raise DataError(f"flip is {flip}, it is a probability from 0 to 1")
+        if random_crop and in_memory:
+            raise DataError("random_crop decodes every picture anew, so in_memory cannot be true; leave it out")
         self.image_size, self.flip, self.val_fraction = image_size, flip, val_fraction
+        self.random_crop = random_crop
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; of tars that another program wrote, one that says only that they are pictures."""
@@ -82,6 +89,8 @@ class ImageDataModule(ShardDataModule):
         else:
             paths = sorted(Path(self.data_dir).glob("*.tar"))
             reader = ShardReader(paths, lambda key: split_of(key, self.val_fraction) == split)
+        if self.random_crop and split == "train":
+            return CroppedImageSet(reader, self.image_size, flip, self.seed)
         return ImageSet(reader, self.image_size, self.in_memory, flip, self.seed)
 
     def _foreign(self) -> bool:
