@@ -39,6 +39,10 @@ class Bottleneck(Spec, nn.Module):
         """Latents (B,k,C) before standardisation -> the nearest that this can put out: codes, or z itself."""
         return z
 
+    def alphabets(self) -> list[Tensor]:
+        """Values of a discrete latent, group by group of its channels: (V,W) each; none for a continuous one."""
+        return []
+
     def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """h (B,k,D) -> (z (B,k,C) as the decoder sees it in training, losses and figures)."""
         raise NotImplementedError

@@ -193,8 +193,7 @@ class Tokenizer(Spec, nn.Module):
         """Set the latent statistics from training images; returns how many were read.
 
         Mean and standard deviation of posterior samples per position and channel, in float64, with the noise's variance
-        added in closed form.
-        """
+        added in closed form."""
         n, total, square = 0, torch.zeros(()), torch.zeros(())
         self.latent_mean.zero_()
         self.latent_scale.fill_(1.0)
@@ -205,8 +204,11 @@ class Tokenizer(Spec, nn.Module):
             square = square.to(mean) + (mean.square() + std.square()).sum(0)
         if n < 2:
             raise ValueError(f"got {n} images for the latent statistics, wanted at least 2; check the training split.")
-        self.latent_mean.copy_(total / n)
-        self.latent_scale.copy_((square / n - (total / n).square()).clamp_min(1e-6).sqrt())
+        mean, square = total / n, square / n
+        if self.bottleneck.rounds:  # a symbol has the same value wherever it stands
+            mean, square = (x.mean(0).expand_as(x) for x in (mean, square))
+        self.latent_mean.copy_(mean)
+        self.latent_scale.copy_((square - mean.square()).clamp_min(1e-6).sqrt())
         return n
 
     # -- files --------------------------------------------------------------------------------------------------------

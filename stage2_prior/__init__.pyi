@@ -12,6 +12,7 @@ from .evaluation.generation import GenerationReport as GenerationReport
 from .guidance import FallingGuidance as FallingGuidance, Guidance as Guidance, RisingGuidance as RisingGuidance
 from .heads.amed import AMED as AMED
 from .heads.base import Head as Head
+from .heads.categorical import CategoricalHead as CategoricalHead
 from .heads.ddpm import (
     DDIM as DDIM,
     DDPM as DDPM,
@@ -26,6 +27,7 @@ from .heads.flow import (
     NoiseOutput as NoiseOutput,
     VelocityOutput as VelocityOutput,
 )
+from .heads.mixture import MixtureHead as MixtureHead
 from .heads.mse import MSEHead as MSEHead
 from .heads.nets import (
     AdaLNNet as AdaLNNet,

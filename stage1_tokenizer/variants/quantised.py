@@ -105,6 +105,10 @@ class FSQBottleneck(Bottleneck):
             ids = ids // level
         return (torch.stack(symbols[::-1], -1) - self.levels // 2) / (self.levels // 2)
 
+    def alphabets(self) -> list[Tensor]:
+        """One of L values for every channel, (L,1) each."""
+        return [((torch.arange(n) - n // 2) / (n // 2))[:, None].to(self.levels) for n in self.levels.long().tolist()]
+
     def linear(self, z: Tensor) -> Tensor:
         """Every symbol read at its mean; the gradient passes as if it were read in proportion."""
         mean = self.means.expand(*z.shape, -1).gather(-1, self.symbols(z)[..., None])[..., 0]
@@ -196,6 +200,10 @@ class VQBottleneck(Bottleneck):
 
     def snap(self, z: Tensor) -> Tensor:
         return self.from_ids(self.ids(z))
+
+    def alphabets(self) -> list[Tensor]:
+        """The codebook (V,C)."""
+        return [self.codebook().detach()]
 
     def quantise(self, h: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(before, code, index): (B,k,C), (B,k,C), (B,k)."""

@@ -121,7 +121,7 @@ def refuse_symbols(whose: str, data: TrainingData, tokenizer: Callable[[], nn.Mo
     if getattr(bottleneck, "rounds", False):
         raise HeadError(
             f"got a {whose} for the latents of a {type(bottleneck).__name__}, which are symbols: it would draw values"
-            " between them; use a CategoricalHead (FSQ) or a CodebookHead (VQ)."
+            " between them; use a CategoricalHead."
         )
 
 

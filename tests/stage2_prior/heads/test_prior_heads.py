@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.flow import interpolate, stratified_uniform, velocity
 from stage2_prior.heads.base import Head, HeadError
+from stage2_prior.heads.categorical import CategoricalHead
 from stage2_prior.heads.ddpm import DDPM, alpha_sigma
 from stage2_prior.heads.diffusion import DiffusionHead
 from stage2_prior.heads.flow import CleanOutput, FlowHead, NoiseOutput, VelocityOutput
+from stage2_prior.heads.mixture import MixtureHead
 from stage2_prior.heads.mse import MSEHead
 from stage2_prior.heads.nets import AdaLNNet, AddedConditionNet, HeadNet, HoistedNet
 from stage2_prior.heads.solvers import Midpoint
@@ -333,11 +335,21 @@ def test_default_sampling_takes_a_thirtieth_of_the_arithmetic_of_a_diffusion_hea
 # -- diffusion --------------------------------------------------------------------------------------------------------
 
 
+def alphabet_head() -> CategoricalHead:
+    """Two channels of 3 and 50 levels, so that a change of condition nearly always shows."""
+    head = CategoricalHead(2, 4, sizes=[3, 50], width=16)
+    for values, n in zip(head.values, head.sizes, strict=True):
+        values[:n, 0] = torch.linspace(-1, 1, n)
+    return head
+
+
 HEADS: dict[str, Callable[[], Head]] = {
     "flow": lambda: FlowHead(AdaLNNet(2, 4)),
     "diffusion": lambda: DiffusionHead(HoistedNet(2, 4), solver=DDPM(5)),
     "added": lambda: FlowHead(AddedConditionNet(2, 4)),
     "mse": lambda: MSEHead(2, 4, sigma=0.5),
+    "mixture": lambda: MixtureHead(2, 4, components=3, width=16),
+    "categorical": lambda: alphabet_head(),
 }
 
 

@@ -30,7 +30,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random latents of the demo's size and narrow ones, with the tokenizers of both, untrained; a few pictures and
     their patches."""
     folder = tmp_path_factory.mktemp("run")
-    for made, size, overlays in ((folder, SIZE, []), (folder / "narrow", NARROW, ["variants/narrow_latents"])):
+    spaces: list[tuple[Path, tuple[int, int], list[str]]] = [
+        (folder, SIZE, []),
+        (folder / "narrow", NARROW, ["variants/narrow_latents"]),
+        (folder / "categorical", SIZE, ["variants/fsq"]),
+    ]
+    for made, size, overlays in spaces:
         tokenizer = build("stage1", ["stage1/demo", *overlays], []).tokenizer
         assert isinstance(tokenizer, Tokenizer) and (tokenizer.num_latents, tokenizer.latent_dim) == size
         tokenizer.vocabulary.fit(CAPTIONS)
@@ -61,7 +66,7 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     from_pictures = "class_path" in changes.get("data", {})
     files = [word for file in files_of(overlay) for word in ("--config", str(file))]
     made, size = run, SIZE
-    for folder, other in (("patches", PATCHES), ("narrow", NARROW)):
+    for folder, other in (("patches", PATCHES), ("narrow", NARROW), ("categorical", SIZE)):
         if any(folder in file for file in files):
             made, size = run / folder, other
     options = {
