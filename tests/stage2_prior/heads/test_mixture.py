@@ -91,7 +91,7 @@ def test_guidance_extrapolates_components() -> None:
 @pytest.mark.slow
 def test_a_trained_mixture_finds_both_modes_and_the_density_of_a_known_toy() -> None:
     torch.manual_seed(0)
-    head = train(MixtureHead(2, len(TOYS), components=8, width=64), 500)
+    head = train(MixtureHead(2, len(TOYS), components=8, width=64), 1500)
     x = draw(head, TOYS.index("bimodal"), 2000)
     assert (x[:, 0].abs() > 0.6).float().mean() > 0.97 and 0.4 < (x[:, 0] > 0).float().mean() < 0.6
     assert abs(x[:, 1].std().item() - 0.1) < 0.02
