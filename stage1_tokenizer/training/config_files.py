@@ -1,11 +1,10 @@
 """Configs by name: `--config demo` is stage1/demo.yaml of the shipped ones, `--config variants/no_text` an overlay.
 
-A path that exists is always meant as such; a name is looked up in the installed package `configs`, so that commands run
-from any folder. A name that is neither is an error with the nearest shipped names.
+A path that exists is always meant as such; a name is looked up in the folder `configs` that is installed beside this
+package, so that commands run from any folder. A name that is neither is an error with the nearest shipped names.
 """
 
 import difflib
-import importlib.resources
 from pathlib import Path
 
 
@@ -15,7 +14,7 @@ class ConfigError(ValueError):
 
 def shipped() -> dict[str, Path]:
     """Shipped configs by name, such as "stage1/demo" and "variants/no_text"."""
-    root = Path(str(importlib.resources.files("configs")))
+    root = Path(__file__).resolve().parents[2] / "configs"  # beside this package, in a checkout as in a wheel
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.yaml"))}
 
 
