@@ -108,9 +108,9 @@ CASES: dict[str, tuple[str, list[str], list[str]]] = {
 
 
 def build(stage: str, configs: list[str], options: list[str]) -> Any:
-    """The lit module of these configs, as `fit` builds it, at seed 0."""
+    """The lit module of these configs (names of shipped ones, or paths), as `fit` builds it, at seed 0."""
     torch.manual_seed(0)
-    files = [f"--config={ROOT / 'configs' / name}.yaml" for name in configs]
+    files = [f"--config={name if name.endswith('.yaml') else ROOT / 'configs' / f'{name}.yaml'}" for name in configs]
     return Parsed(stage, *STAGES[stage], stage, ["fit", *files, "--run_dir=none", *options]).model
 
 

@@ -72,7 +72,7 @@ class Contender:
     def prepare(self, images: Tensor, captions: list[str]) -> None:
         """What `fit` learns before its first step."""
         if self.tokenizer.linear_path is not None:
-            self.tokenizer.linear_path.fit(images[: self.model.linear_path_images])
+            self.tokenizer.linear_path.fit(images[: self.model.passes.linear_path_images])
         if self.tokenizer.text is not None:
             self.tokenizer.vocabulary.fit(captions)
 
@@ -90,8 +90,10 @@ class Contender:
             ids = None
             if text is not None and self.steps % text.every == 0:
                 ids = self.tokenizer.vocabulary.encode([captions[i] for i in rows.tolist()])[0]
-            along = warmup_flat_cosine(int(FINE * self.spent / self.seconds), FINE, 0, self.model.flat_fraction)
-            factor = along * min(1.0, (self.steps + 1) / self.model.warmup_steps)
+            along = warmup_flat_cosine(
+                int(FINE * self.spent / self.seconds), FINE, 0, self.model.schedule.flat_fraction
+            )
+            factor = along * min(1.0, (self.steps + 1) / self.model.schedule.warmup_steps)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             with torch.autocast("cpu", matmul_dtype(torch.device("cpu"))):

@@ -12,7 +12,7 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stage1_tokenizer.spec import build
+from tests.same_numbers import build
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PICTURES = 2
@@ -20,8 +20,7 @@ PICTURES = 2
 
 def training_flops(name: str) -> tuple[float, float]:
     """(parameters, FLOPs per picture of a training step, text included) of configs/stage1/`name`.yaml."""
-    config = yaml.safe_load((CONFIGS / "stage1" / f"{name}.yaml").read_text())
-    tokenizer = build(config["model"]["tokenizer"]).train()
+    tokenizer = build("stage1", [f"stage1/{name}"], []).tokenizer.train()
     images = torch.zeros(PICTURES, 3, tokenizer.image_size, tokenizer.image_size)
     ids = torch.zeros(PICTURES, tokenizer.vocabulary.context_length, dtype=torch.long)
     counter = FlopCounterMode(display=False)
@@ -40,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'config':12} {'M params':>9} {'GFLOP/image':>12} {'steps':>8} {'batch':>6} {'EFLOP':>9} {'GPU h':>8}")
     for path in sorted((CONFIGS / "stage1").glob("*.yaml")):
         config = yaml.safe_load(path.read_text())
-        large = config["data"]["image_size"] >= 256
+        large = config["sizes"]["image_size"] >= 256
         batch = config["data"]["batch_size"] * (options.gpus if large else 1)
         steps = config["trainer"]["max_steps"]
         parameters, flops = training_flops(path.stem)

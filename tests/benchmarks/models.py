@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from stage1_tokenizer.precision import matmul_dtype
-from stage1_tokenizer.spec import build
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups
 from tests.benchmarks.measure import Row, matmul_peak, measure
+from tests.same_numbers import build
 
 CAPTION = "a small red circle above a large blue star on a white background"
 
@@ -25,13 +25,13 @@ def model_rows(
     stage1, stage2: config files. seconds: time spent on each row. batch: pictures per call; None: as the configs say.
     """
     first, second = (yaml.safe_load(path.read_text()) for path in (stage1, stage2))
-    tokenizer = build(first["model"]["tokenizer"]).to(device)
-    prior = build(second["model"]["prior"]).to(device)
+    tokenizer = build("stage1", [str(stage1)], []).tokenizer.to(device)
+    prior = build("stage2", [str(stage2)], []).prior.to(device)
     for vocabulary in (tokenizer.vocabulary, prior.vocabulary):
         vocabulary.fit([CAPTION])
     dtype = matmul_dtype(device)
     peak = matmul_peak(dtype, device)
-    size, guidance = tokenizer.image_size, second["model"]["guidance"]
+    size, guidance = tokenizer.image_size, second["model"]["sampling"]["guidance"]
     val = batch or first["data"]["val_batch_size"]
     batch1, batch2 = batch or first["data"]["batch_size"], batch or second["data"]["batch_size"]
 

@@ -1,20 +1,16 @@
 """A tokenizer starts to learn at once: no plateau at the background of the scenes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 from data.pictures.transforms import to_unit_range
 from data.sources.scenes import Scenes
 from stage1_tokenizer.similarity import psnr
-from stage1_tokenizer.spec import build
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
+from tests.same_numbers import build
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 STEPS, BATCH = 150, 32
 
 
@@ -26,12 +22,8 @@ def scenes(start: int, stop: int) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", [None, "titok"])
 def test_one_decibel_above_the_background_within_150_steps(overlay: str | None) -> None:
-    config = yaml.safe_load((CONFIGS / "stage1" / "demo.yaml").read_text())["model"]["tokenizer"]
-    config["init_args"]["text"] = None
-    if overlay is not None:
-        other = yaml.safe_load((CONFIGS / "variants" / f"{overlay}.yaml").read_text())
-        config["init_args"] |= other["model"]["tokenizer"]["init_args"]
-    tokenizer = build(config).train()
+    configs = ["stage1/demo", "variants/no_text", *([f"variants/{overlay}"] if overlay else [])]
+    tokenizer = build("stage1", configs, []).tokenizer.train()
     optimizer = MuonAdamW(parameter_groups(tokenizer))
     rates = [group["lr"] for group in optimizer.param_groups]
     images, held_out = scenes(0, STEPS * BATCH), scenes(10_000, 10_200)
