@@ -4,7 +4,7 @@ The counterpart of a learned tokenizer with the same contract (`encode`, `decode
 prior, head and order can be asked what learning the latents is worth. The line has no order of its own: choose raster,
 spiral or zigzag (stage2_prior.orders). A prefix decodes with the missing patches at their mean.
 
-    python -m stage2_prior.variants.patches --run_dir runs/patches --data runs/demo/data --image_size 32 --patch_size 8
+    python -m stage2_prior patches --run_dir runs/patches --data runs/demo/data --image_size 32 --patch_size 8
 
 writes runs/patches/tokenizer (an export that the prior's commands accept) and runs/patches/latents.
 
