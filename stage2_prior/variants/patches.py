@@ -93,9 +93,7 @@ class PatchLatents(Spec, nn.Module):
 
 def main(arguments: list[str] | None = None) -> int:
     """Fit the statistics, export, and write latent shards of both splits; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m stage2_prior.variants.patches", description="Raw pixel patches as latents."
-    )
+    parser = argparse.ArgumentParser(prog="python -m stage2_prior patches", description="Raw pixel patches as latents.")
     parser.add_argument("--run_dir", type=Path, required=True, help="folder that gets tokenizer/ and latents/")
     parser.add_argument("--data", type=Path, required=True, help="image shards")
     parser.add_argument("--image_size", type=int, default=32)
