@@ -1,11 +1,15 @@
-"""What the parts of a tokenizer must agree on, and the text by which a latent space is known.
+"""What the parts of a tokenizer and its input must agree on, and how a latent space is known.
 
 Letters: K latents, C latent channels.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from stage1_tokenizer.bottleneck import Bottleneck
 from stage1_tokenizer.encoder import Encoder
@@ -26,6 +30,28 @@ def check_sizes(encoder: Encoder, bottleneck: Bottleneck, parts: Mapping[str, An
             got = getattr(part, size, part.spec["init_args"].get(size, wanted)) if part is not None else wanted
             if got != wanted:
                 raise ValueError(f"{owner} is {wanted} but {name}.{size} is {got}; make them equal.")
+
+
+def check_images(images: Tensor, size: int, look: bool) -> None:
+    """Raises ValueError unless images are (B,3,size,size) and floating point; with `look` also finite and in [-1, 1],
+    which waits for the device."""
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise ValueError(f"got images of shape {tuple(images.shape)}, wanted (B, 3, {size}, {size}); resize them.")
+    if not images.is_floating_point():
+        raise ValueError(f"got images of dtype {images.dtype}, wanted float in [-1, 1]; use x / 127.5 - 1.")
+    if look and not torch.compiler.is_compiling():
+        low, high = images.amin().item(), images.amax().item()
+        if not (low >= -1.01 and high <= 1.01):  # also false for NaN
+            raise ValueError(f"got pixels within [{low:.3g}, {high:.3g}], wanted finite values in [-1, 1].")
+
+
+def fingerprint_of(described: str, state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of a latent space: `describe`'s text, encoder, bottleneck, linear path and statistics."""
+    digest = hashlib.sha256(described.encode())
+    for name, tensor in sorted(state.items()):
+        if name.startswith(("encoder.", "bottleneck.", "linear_path.", "latent_")):
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def describe(encoder: dict[str, Any], bottleneck: dict[str, Any]) -> str:

@@ -11,7 +11,6 @@ that wide. An exported folder holds config.json (class paths and plain arguments
 Letters: B batch, K latents, C latent channels, k prefix length, E embedding width.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.agreement import check_sizes, describe
+from stage1_tokenizer.agreement import check_images, check_sizes, describe, fingerprint_of
 from stage1_tokenizer.bottleneck import Bottleneck
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
@@ -49,6 +48,7 @@ class Tokenizer(Spec, nn.Module):
     latent_scale: Tensor
     training_state = ("text.memory.",)  # in checkpoints, not in exports
     held = torch.float32  # dtype of the linear layers' weights
+    identity = ""  # the fingerprint, where weights are held rounded
     checks_pixels = True  # of `encode`: False where who decoded them vouches for it, since a look waits for a GPU
 
     def __init__(
@@ -88,7 +88,7 @@ class Tokenizer(Spec, nn.Module):
 
     def posterior(self, images: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """(mean, std) of the posterior, standardised, each (B,k,C). Arguments and errors as `encode`."""
-        self.check_images(images)
+        check_images(images, self.image_size, look=self.checks_pixels and not self.training)
         k = self.check_length(self.num_latents if k is None else k)
         n = self.num_latents if self.bottleneck.rounds else k  # a shorter product is not the same to the last bit
         shift = self.linear_path.encode(images, n) if self.linear_path is not None else None
@@ -112,7 +112,8 @@ class Tokenizer(Spec, nn.Module):
 
     def embed_text(self, captions: list[str]) -> Tensor:
         """list[str] -> (B,E) unit vectors. Raises ValueError without text supervision."""
-        return self.text_part().embed_text(captions)
+        with held_autocast(self.held, self.latent_mean.device):
+            return self.text_part().embed_text(captions)
 
     def embed_latents(self, z: Tensor) -> Tensor:
         """z (B,k,C) standardised, any 1 <= k <= K -> (B,E) unit vectors in the space of `embed_text`.
@@ -121,7 +122,8 @@ class Tokenizer(Spec, nn.Module):
         of them, with the latents that are there, if k is below it (`Supervision.embed`).
         """
         self.check_length(z.shape[1])
-        return self.text_part().embed(self.unstandardised(z))
+        with held_autocast(self.held, z.device):
+            return self.text_part().embed(self.unstandardised(z))
 
     def unstandardised(self, z: Tensor) -> Tensor:
         """z (B,k,C) standardised -> as bottleneck, decoder and supervision have it (B,k,C)."""
@@ -146,8 +148,8 @@ class Tokenizer(Spec, nn.Module):
     def losses(self, images: Tensor, ids: Tensor | None = None, step: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """(loss parts of one batch, full-length reconstructions (B,3,H,W) with their graph).
 
-        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L) or
-        (B,M,L) caption tokens for the text part, None without; `step` counts optimiser steps.
+        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L)
+        caption tokens for the text part, None without; `step` counts optimiser steps.
         """
         shift = self.linear_path.encode(images, self.num_latents) if self.linear_path is not None else None
         z, parts = self.bottleneck(self.encoder(images), shift)  # (B,K,C)
@@ -192,8 +194,9 @@ class Tokenizer(Spec, nn.Module):
     def fit_statistics(self, batches: Iterable[Tensor]) -> int:
         """Set the latent statistics from training images; returns how many were read.
 
-        Mean and standard deviation of posterior samples per position and channel, in float64, with the noise's variance
-        added in closed form."""
+        Mean and standard deviation of posterior samples per position and channel (per channel where symbols are, see
+        below), in float64, with the noise's variance added in closed form.
+        """
         n, total, square = 0, torch.zeros(()), torch.zeros(())
         self.latent_mean.zero_()
         self.latent_scale.fill_(1.0)
@@ -216,11 +219,7 @@ class Tokenizer(Spec, nn.Module):
     @property
     def fingerprint(self) -> str:
         """Identity of the latent space: a hash of encoder, bottleneck, linear path and statistics (not the decoder)."""
-        digest = hashlib.sha256(self.described.encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            if name.startswith(("encoder.", "bottleneck.", "linear_path.", "latent_")):
-                digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return self.identity or fingerprint_of(self.described, self.state_dict())
 
     def save_pretrained(self, folder: str | Path, card: str | None = None) -> Path:
         """Write config.json, model.safetensors and README.md (the model card) to `folder`."""
@@ -267,6 +266,7 @@ class Tokenizer(Spec, nn.Module):
         """
         tokenizer = load_module(cls, path, revision, trust)
         if dtype is not None:
+            tokenizer.identity = tokenizer.fingerprint  # that of the weights before they are rounded
             hold_weights(tokenizer, dtype)
             tokenizer.held = dtype
         return tokenizer if device is None else tokenizer.to(device)
@@ -282,17 +282,6 @@ class Tokenizer(Spec, nn.Module):
         self.described = config.get("described") or describe(made["encoder"], made["bottleneck"])
 
     # -- checks -------------------------------------------------------------------------------------------------------
-
-    def check_images(self, images: Tensor) -> None:
-        size = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"got images of shape {tuple(images.shape)}, wanted (B, 3, {size}, {size}); resize them.")
-        if not images.is_floating_point():
-            raise ValueError(f"got images of dtype {images.dtype}, wanted float in [-1, 1]; use x / 127.5 - 1.")
-        if self.checks_pixels and not torch.compiler.is_compiling() and not self.training:
-            low, high = images.amin().item(), images.amax().item()
-            if not (low >= -1.01 and high <= 1.01):  # also false for NaN
-                raise ValueError(f"got pixels within [{low:.3g}, {high:.3g}], wanted finite values in [-1, 1].")
 
     def check_length(self, k: int) -> int:
         if not 1 <= k <= self.num_latents:

@@ -12,7 +12,7 @@ import torch
 
 from data.pictures.decode import open_picture
 from data.pictures.resize import pixels_of, resize
-from data.reading.datasets import IMAGE_MEMBERS, ImageSet
+from data.reading.datasets import ImageSet, named_decoding
 from data.reading.order import Batch
 from data.reading.shards import ShardReader
 
@@ -33,15 +33,14 @@ class CroppedImageSet(ImageSet):
 
     def arrays_of(self, sample: int) -> dict[str, np.ndarray]:
         """As `ImageSet.arrays_of`; raises DataError where that does."""
-        size, whole = self.image_size, super().arrays_of(sample)  # also the check that it decodes
         if self.epoch is None:
-            return whole
-        member = next(name for name in IMAGE_MEMBERS if name in self.reader.member_names(sample))
-        data = self.reader.read(sample, member) or b""
-        pixels = resize(pixels_of(data, open_picture(data), size, "keep_ratio"), size, "keep_ratio")  # (3,H,W)
+            return super().arrays_of(sample)
+        key, data, size = self.reader.key(sample), self.encoded(sample), self.image_size
+        with named_decoding(key):
+            pixels = resize(pixels_of(data, open_picture(data), size, "keep_ratio"), size, "keep_ratio")  # (3,H,W)
         height, width = pixels.shape[1:]
         if min(height, width) < size:  # keep_ratio never enlarges
-            return whole
+            return {"images": resize(pixels, size).numpy()}
         stream = ((self.seed * 1_000_003 + self.epoch) * 1_000_003 + sample + 1_000_000_007) % 2**63
         u = torch.rand(2, generator=torch.Generator().manual_seed(stream))
         top, left = (int(x * (side - size + 1)) for x, side in zip(u.tolist(), (height, width), strict=True))

@@ -7,6 +7,7 @@ side, as the decoders give them: parting them is left to the step that makes flo
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,14 +141,16 @@ class ImageSet(ShardDataset):
     def sample_bytes(self) -> int:
         return 3 * self.image_size**2
 
-    def arrays_of(self, sample: int) -> dict[str, np.ndarray]:
+    def encoded(self, sample: int) -> bytes:
+        """Return the bytes of a sample's picture. Raises DataError where it has none."""
         names = self.reader.member_names(sample)
         member = next((name for name in IMAGE_MEMBERS if name in names), None)
         if member is None:
             raise DataError(f"sample {self.reader.key(sample)} has {names}, wanted one of {', '.join(IMAGE_MEMBERS)}")
-        return {
-            "images": decode_image(self.reader.key(sample), self.reader.read(sample, member) or b"", self.image_size)
-        }
+        return self.reader.read(sample, member) or b""
+
+    def arrays_of(self, sample: int) -> dict[str, np.ndarray]:
+        return {"images": decode_image(self.reader.key(sample), self.encoded(sample), self.image_size)}
 
     def __getitem__(self, plan: Batch) -> dict[str, Any]:
         batch = super().__getitem__(plan)
@@ -185,18 +188,25 @@ class LatentSet(ShardDataset):
             raise DataError(f"sample {self.reader.key(sample)} has no readable mean and std ({error})") from error
 
 
+@contextlib.contextmanager
+def named_decoding(key: str) -> Iterator[None]:
+    """What a decoder raises inside becomes a DataError that names the sample."""
+    try:
+        yield
+    except (PictureError, OSError, SyntaxError, RuntimeError, ValueError) as error:
+        raise DataError(f"sample {key}: the picture does not decode ({error}); run: python -m data verify") from error
+
+
 def decode_image(key: str, data: bytes, image_size: int) -> np.ndarray:
     """Return an encoded picture as (3, S, S) uint8, centre-cropped and resized where it has another size.
 
     Raises:
         DataError: it does not decode; the sentence names the sample.
     """
-    try:
+    with named_decoding(key):
         pixels = decode_plain_jpeg(data, image_size)
         if pixels is None:
             pixels = pixels_of(data, open_picture(data), image_size, "center_crop")
-    except (PictureError, OSError, SyntaxError, RuntimeError, ValueError) as error:
-        raise DataError(f"sample {key}: the picture does not decode ({error}); run: python -m data verify") from error
     return resize(pixels, image_size).numpy()
 
 

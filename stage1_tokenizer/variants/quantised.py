@@ -180,7 +180,7 @@ class VQBottleneck(Bottleneck):
 
     def codebook(self) -> Tensor:
         """(V,C) float32."""
-        return F.linear(self.codes, self.basis.weight)
+        return F.linear(self.codes, self.basis.weight.float())  # float32 also where weights are held rounded
 
     def nearest(self, y: Tensor, codebook: Tensor) -> Tensor:
         """Index (B,k) of the code nearest to each vector of y (B,k,C)."""
@@ -199,7 +199,7 @@ class VQBottleneck(Bottleneck):
         return F.embedding(ids, self.codebook())
 
     def snap(self, z: Tensor) -> Tensor:
-        return self.from_ids(self.ids(z))
+        return F.embedding(self.ids(z), self.codebook())  # no look at the ids: it would wait for the device
 
     def alphabets(self) -> list[Tensor]:
         """The codebook (V,C)."""

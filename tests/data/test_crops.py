@@ -1,5 +1,6 @@
 """Random crops: parts of the stored picture, another one in every epoch, the same for any batch, worker or restart."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def test_a_crop_is_a_part_of_the_stored_picture(wide: Path) -> None:
     reader = data.split("train").reader
     for sample, crop in enumerate(crops(wide, 3, (0, 1, 2, 3))):
         member = next(name for name in reader.member_names(sample) if name == "png")
-        with Image.open(__import__("io").BytesIO(reader.read(sample, member) or b"")) as picture:
+        with Image.open(io.BytesIO(reader.read(sample, member) or b"")) as picture:
             stored = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         assert stored.shape == (3, SIDE, 36)
         assert any(torch.equal(stored[:, :, left : left + SIDE], crop) for left in range(36 - SIDE + 1))
@@ -71,3 +72,10 @@ def test_what_is_measured_is_not_cropped_at_random(wide: Path) -> None:
         assert torch.equal(to_pixels(cropped.arrays(split)["images"]), to_pixels(plain.arrays(split)["images"]))
     with pytest.raises(DataError, match="in_memory cannot be true"):
         train(wide, in_memory=True)
+
+
+def test_a_picture_that_does_not_decode_is_named(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = train(wide).split("train")
+    monkeypatch.setattr(type(images), "encoded", lambda self, sample: b"no picture")
+    with pytest.raises(DataError, match="sample .*: the picture does not decode"):
+        images[Batch(0, 0, (0,))]

@@ -259,3 +259,25 @@ def test_parts_of_other_sizes_are_refused_at_construction(name: str, size: str) 
     found[size] += 3
     with pytest.raises(ValueError, match=rf"\.{size} is {found[size] - 3} but {name}.{size} is {found[size]}; make"):
         build({"class_path": "stage1_tokenizer.Tokenizer", "init_args": parts})
+
+
+def test_weights_held_in_bfloat16_keep_the_identity_and_answer_alike(tmp_path: Path) -> None:
+    whole = tiny_tokenizer(linear_path=True)
+    whole.save_pretrained(tmp_path)
+    held = Tokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
+    assert {p.dtype for p in held.parameters()} == {torch.float32, torch.bfloat16}
+    assert held.fingerprint == whole.fingerprint, "a prior accepts it"
+    with torch.no_grad():
+        z, got = whole.encode(pictures()), held.encode(pictures())
+        assert got.dtype == torch.float32 and 0 < (got - z).abs().max() < 0.1 * z.abs().max()
+        for a, b in ((whole.decode(z), held.decode(z)), (whole.embed_latents(z), held.embed_latents(z))):
+            assert torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).min() > 0.995
+        a, b = (tokenizer.embed_text(CAPTIONS) for tokenizer in (whole, held))
+        assert torch.nn.functional.cosine_similarity(a, b).min() > 0.995
+
+
+def test_a_loss_that_is_not_minimised_is_an_error_and_a_figure_is_not() -> None:
+    tokenizer, loss = tiny_tokenizer(), torch.ones((), requires_grad=True)
+    assert tokenizer.total({"pixel": 2 * loss, "kl_nats": loss.detach()}) == 2
+    with pytest.raises(ValueError, match="got the loss 'align', wanted one of pixel"):
+        tokenizer.total({"pixel": loss, "align": loss})
