@@ -110,11 +110,11 @@ def _prepare(options: argparse.Namespace) -> int:
     from data.prepare.engines import ENGINES, run
     from data.prepare.options import PrepareConfig
     from data.prepare.quality import Filters
-    from data.sources.open import SourceConfig, find_kind
+    from data.sources.open import KINDS, SourceConfig, find_kind
 
     paths = tuple([options.path] if isinstance(options.path, str) else options.path)
     kind = find_kind(paths) if options.source == "auto" else options.source
-    size = options.size if options.size is not None else 32 if kind == "scenes" else 256
+    size = options.size if options.size is not None else KINDS[kind].size
     source = SourceConfig(
         kind=kind,
         path=paths,

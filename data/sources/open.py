@@ -1,10 +1,10 @@
-"""Where image-text pairs come from: one indexed iterator of samples per kind, found by looking at the path.
+"""Where image-text pairs come from: one indexed iterator of samples per kind. `KINDS` is the table of them.
 
     scenes     procedural pictures (`data.sources.scenes`), no path
+    tars       WebDataset tars, as img2dataset writes them, also behind URLs
+    parquet    the layout of the Hugging Face hub: an `image` struct with bytes or paths, a text or a label column
     folder     pictures and a captions file: csv, tsv, jsonl, COCO or Karpathy json (`data.sources.captions`)
     classes    folders named by class, captions by template
-    parquet    the layout of the Hugging Face hub: an `image` struct with bytes or paths, a text or a label column
-    tars       WebDataset tars, as img2dataset writes them, also behind URLs
 
 A source is described by `SourceConfig`, which any process can open again, and reads any range of its items, so that
 shards can be made independently and in any order.
@@ -12,8 +12,10 @@ shards can be made independently and in any order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data.reading.urls import is_remote, refuse_pipe, tar_urls
 from data.schema import DataError, Source
@@ -23,7 +25,6 @@ from data.sources.parquet import Parquet, parquet_files
 from data.sources.scenes import Scenes
 from data.sources.tars import Tars
 
-KINDS = ("scenes", "folder", "classes", "parquet", "tars")
 TEMPLATES = ("a photo of a {label}",)
 
 
@@ -57,6 +58,41 @@ class SourceConfig:
                 raise DataError(f"the template {template!r} wants {{label}} in it, and no other braces")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """One kind of source.
+
+    Args:
+        open: the source that a config describes.
+        paths: how many of --path it takes.
+        matches: whether these paths hold it, for --source auto; kinds are asked in the table's order. None: never.
+        size: side of the pictures where --size is not given.
+    """
+
+    open: Callable[[SourceConfig], Source]
+    paths: Literal["none", "one", "many"] = "one"
+    matches: Callable[[tuple[str, ...]], bool] | None = None
+    size: int = 256
+
+
+KINDS = {
+    "scenes": Kind(lambda c: Scenes(c.num, c.seed, c.size, c.max_objects, c.words), "none", size=32),
+    # Before parquet: img2dataset leaves both in one folder.
+    "tars": Kind(lambda c: Tars(c.path), "many", lambda paths: is_remote(paths[0]) or bool(tar_urls(paths))),
+    "parquet": Kind(
+        lambda c: Parquet(c.path, c.class_names, c.templates), "many", lambda paths: bool(parquet_files(paths))
+    ),
+    "folder": Kind(
+        lambda c: folder_with_captions(Path(c.path[0]), Path(c.images) if c.images else None),
+        matches=lambda paths: Path(paths[0]).is_file() or bool(find_captions_files(Path(paths[0]))),
+    ),
+    "classes": Kind(
+        lambda c: class_folders(Path(c.path[0]), c.templates, c.class_names),
+        matches=lambda paths: looks_like_classes(Path(paths[0])),
+    ),
+}
+
+
 def find_kind(paths: tuple[str, ...]) -> str:
     """Return the kind of source at `paths`.
 
@@ -64,7 +100,8 @@ def find_kind(paths: tuple[str, ...]) -> str:
         DataError: nothing there, or nothing known there.
     """
     if not paths:
-        raise DataError("no --path given; only --source scenes needs none")
+        without = " or ".join(name for name, kind in KINDS.items() if kind.paths == "none")
+        raise DataError(f"no --path given; only --source {without} needs none")
     for given in paths:
         refuse_pipe(given)
         if not is_remote(given) and not any(c in given for c in "*?[{") and not Path(given).exists():
@@ -72,14 +109,9 @@ def find_kind(paths: tuple[str, ...]) -> str:
     first = Path(paths[0])
     if first.is_dir() and not any(first.iterdir()):
         raise DataError(f"{first} is empty; --path wants pictures with captions, parquet files, or tars")
-    if is_remote(paths[0]) or tar_urls(paths):
-        return "tars"  # before parquet: img2dataset leaves both in one folder
-    if parquet_files(paths):
-        return "parquet"
-    if first.is_file() or find_captions_files(first):
-        return "folder"
-    if looks_like_classes(first):
-        return "classes"
+    for name, kind in KINDS.items():
+        if kind.matches is not None and kind.matches(paths):
+            return name
     raise DataError(
         f"cannot tell what {first} holds: wanted pictures and a captions file, folders named by class, parquet files "
         f"or tars; force one with --source {'|'.join(KINDS)}"
@@ -92,19 +124,12 @@ def open_source(config: SourceConfig) -> Source:
     Raises:
         DataError: a path that is missing or holds something else.
     """
-    kind = find_kind(config.path) if config.kind == "auto" else config.kind
-    if kind == "scenes":
-        return Scenes(config.num, config.seed, config.size, config.max_objects, config.words)
-    if not config.path:
-        raise DataError(f"--source {kind} wants a --path")
-    if kind == "parquet":
-        return Parquet(config.path, config.class_names, config.templates)
-    if kind == "tars":
-        return Tars(config.path)
-    if len(config.path) != 1:
-        raise DataError(f"--source {kind} wants one --path, got {len(config.path)}")
-    if kind == "folder":
-        return folder_with_captions(Path(config.path[0]), Path(config.images) if config.images else None)
-    if kind == "classes":
-        return class_folders(Path(config.path[0]), config.templates, config.class_names)
-    raise DataError(f"--source {kind} is unknown, choose one of {', '.join(KINDS)}")
+    name = find_kind(config.path) if config.kind == "auto" else config.kind
+    if name not in KINDS:
+        raise DataError(f"--source {name} is unknown, choose one of {', '.join(KINDS)}")
+    kind = KINDS[name]
+    if kind.paths != "none" and not config.path:
+        raise DataError(f"--source {name} wants a --path")
+    if kind.paths == "one" and len(config.path) != 1:
+        raise DataError(f"--source {name} wants one --path, got {len(config.path)}")
+    return kind.open(config)
