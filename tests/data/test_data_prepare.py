@@ -288,22 +288,36 @@ def test_options_from_a_file_are_checked_and_the_command_line_wins(
     arguments = ["prepare", "--config", str(file), "--out"]
     assert main([*arguments, str(tmp_path / "a"), "--num", "20"]) == 0
     assert len(records_in(tmp_path / "a")) == 20
-    for line, sentence in (("nmu: 3", "no option 'nmu'"), ("size: big", "wanted a number"), ("source: foo", "not in")):
+    assert main(["prepare", "--num", "10", "--out", str(tmp_path / "c"), f"--config={file}"]) == 0
+    assert len(records_in(tmp_path / "c")) == 10, "in any order"
+    assert capsys.readouterr().err.splitlines()[-1].startswith("prepare: 100%"), "a log has lines"
+    for line, sentence in (
+        ("nmu: 3", "'nmu'"),
+        ("size: big", 'Parser key "size"'),
+        ("source: foo", "'foo' not among choices"),
+        ("num: 4.5", "Got value: 4.5"),
+        (": : {", "parsing"),
+        ("- 3", "config"),
+    ):
         file.write_text(line + "\n")
-        assert main([*arguments, str(tmp_path / "b")]) == 1
-        assert sentence in capsys.readouterr().err
+        assert main([*arguments, str(tmp_path / "b")]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
+    file.write_text(f"path: {tmp_path / 'nowhere'}\n")  # one path without brackets
+    assert main([*arguments, str(tmp_path / "b")]) == 1
+    assert "no file or folder at" in capsys.readouterr().err
+    assert main(["prepare", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
 
 
 def test_prepare_starts_without_torch() -> None:
-    code = "import sys, data.__main__ as m; m.main(['prepare', '--help'])"
-    check = (
-        "import data.prepare.engines, data.sources.open, data.prepare.finalize, sys; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, data.prepare.engines, data.prepare.progress, data.__main__ as m\n"
+        "try: m.main(['prepare', '--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", check], check=True)
-    assert (
-        "--near-duplicates"
-        in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "--near-duplicates" in done.stdout
 
 
 @pytest.mark.parametrize(
