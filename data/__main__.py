@@ -18,7 +18,9 @@ from data.schema import DataError
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit status: 0 done, 1 something is wrong with the data, 2 wrong usage."""
     set_loader("options", _load_options, exceptions=(yaml.YAMLError,))
-    parser = ArgumentParser(prog="python -m data", description="Image-text pairs to shards.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="python -m data", description="Image-text pairs to shards.", parser_mode="options", exit_on_error=False
+    )
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("prepare", _prepare_parser(), help="write shards from a source")
     for name, help_text in (
@@ -48,7 +50,7 @@ def _prepare_parser() -> ArgumentParser:
     from data.prepare.quality import Filters
     from data.sources.open import KINDS, TEMPLATES
 
-    parser = ArgumentParser(description="Write shards from a source.", parser_mode="options", exit_on_error=False)
+    parser = ArgumentParser(description="Write shards from a source.", exit_on_error=False)
     add, limits = parser.add_argument, Filters()
     add("--config", action="config", help="YAML file with any of these options, under their long names")
     add("--out", type=Path, required=True, help="data directory to write")
@@ -102,13 +104,11 @@ def _configs_first(words: list[str]) -> list[str]:
 
 
 def _load_options(text: str) -> Any:
-    """YAML with options under their long names: hyphens as on the command line, one path without brackets."""
+    """YAML in which one path or template may stand without brackets."""
     content = yaml.safe_load(text)
     if not isinstance(content, dict):
         return content
-    options = {str(name).replace("-", "_"): value for name, value in content.items()}
-    lists = {name: [options[name]] for name in ("path", "template") if isinstance(options.get(name), str)}
-    return options | lists
+    return content | {name: [content[name]] for name in ("path", "template") if isinstance(content.get(name), str)}
 
 
 def _prepare(options: Namespace) -> int:
