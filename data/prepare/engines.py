@@ -87,7 +87,7 @@ def run(
     if finished is not None:
         return finished
     chunks = plan(source, config)
-    write_plan(out, config, chunks, fingerprint)
+    write_plan(out, config, chunks, fingerprint, getattr(source, "attribution", ""))
     mine = [chunk for chunk in chunks if chunk.number % num_tasks == task_id]
     todo = [chunk for chunk in mine if read_record(out, chunk.number, fingerprint) is None]
     total = sum(chunk.stop - chunk.start for chunk in mine) if source.unit == "img" else None

@@ -27,7 +27,7 @@ from data.schema import SCHEMA_VERSION, SPLITS, DataError, Drop, write_bytes, wr
 _KEY_BYTES, _HASH_BYTES = 8, 16
 
 
-def write_plan(out: Path, config: PrepareConfig, chunks: list[Chunk], fingerprint: str) -> None:
+def write_plan(out: Path, config: PrepareConfig, chunks: list[Chunk], fingerprint: str, attribution: str = "") -> None:
     """Write `plan.json`: what `finalize` needs to know, wherever the chunks were written.
 
     Raises:
@@ -54,6 +54,7 @@ def write_plan(out: Path, config: PrepareConfig, chunks: list[Chunk], fingerprin
         "fingerprint": fingerprint,
         "near_duplicates": config.filters.near_duplicates,
         "config": asdict(config),
+        "attribution": attribution,
         "chunks": [[chunk.start, chunk.stop, chunk.shards] for chunk in chunks],
     }
     write_json(path, content)
@@ -212,6 +213,7 @@ def _write_manifest(out: Path, content: dict[str, Any], chunks: list[Chunk], fin
         "captions": dict(sorted(sums["captions"].items())),
         **{name: {k: sums[name][k] for k in sorted(sums[name], key=int)} for name in ("caption_length", "short_side")},
         "config": content["config"],
+        **({"attribution": content["attribution"]} if content.get("attribution") else {}),
         "fingerprint": fingerprint,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in CODECS},
         "shards": dict(sorted(shards.items())),

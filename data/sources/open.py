@@ -1,6 +1,7 @@
 """Where image-text pairs come from: one indexed iterator of samples per kind. `KINDS` is the table of them.
 
     scenes     procedural pictures (`data.sources.scenes`), no path
+    emoji      emoji with their names (`data.sources.emoji`), no path needed
     tars       WebDataset tars, as img2dataset writes them, also behind URLs
     parquet    the layout of the Hugging Face hub: an `image` struct with bytes or paths, a text or a label column
     folder     pictures and a captions file: csv, tsv, jsonl, COCO or Karpathy json (`data.sources.captions`)
@@ -20,6 +21,7 @@ from typing import Literal
 from data.reading.urls import is_remote, refuse_pipe, tar_urls
 from data.schema import DataError, Source
 from data.sources.captions import find_captions_files
+from data.sources.emoji import Emoji
 from data.sources.folders import class_folders, folder_with_captions, looks_like_classes
 from data.sources.parquet import Parquet, parquet_files
 from data.sources.scenes import Scenes
@@ -38,6 +40,7 @@ class SourceConfig:
         images: the picture folder of a captions file, where it is not beside it.
         num, seed, size, max_objects, words: see `data.sources.scenes.Scenes`.
         class_names: names of the labels, in order, where the files do not carry them; of classes also a file of names.
+        languages, background: see `data.sources.emoji.Emoji`.
         templates: captions of a labelled picture without text; the name replaces `{label}`.
     """
 
@@ -51,6 +54,8 @@ class SourceConfig:
     words: float = 0.0
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = TEMPLATES
+    languages: tuple[str, ...] = ("en",)
+    background: str = "white"
 
     def __post_init__(self) -> None:
         for template in self.templates:
@@ -64,7 +69,7 @@ class Kind:
 
     Args:
         open: the source that a config describes.
-        paths: how many of --path it takes.
+        paths: how many of --path it needs.
         matches: whether these paths hold it, for --source auto; kinds are asked in the table's order. None: never.
         size: side of the pictures where --size is not given.
     """
@@ -77,6 +82,7 @@ class Kind:
 
 KINDS = {
     "scenes": Kind(lambda c: Scenes(c.num, c.seed, c.size, c.max_objects, c.words), "none", size=32),
+    "emoji": Kind(lambda c: Emoji(c.path, c.size, c.languages, c.background, c.seed), "none", size=64),
     # Before parquet: img2dataset leaves both in one folder.
     "tars": Kind(lambda c: Tars(c.path), "many", lambda paths: is_remote(paths[0]) or bool(tar_urls(paths))),
     "parquet": Kind(
