@@ -62,13 +62,15 @@ def _prepare_parser() -> ArgumentParser:
         default=None,
         help="folder: where the pictures are, if not beside the captions file",
     )
-    add("--num", type=int, default=0, help="scenes: how many")
-    add("--seed", type=int, default=0, help="scenes: which ones")
+    add("--num", type=int, default=0, help="scenes, emoji: how many")
+    add("--seed", type=int, default=0, help="scenes: which ones; emoji: which backgrounds")
     add("--max-objects", type=int, default=2, help="scenes: 1, 2 or 3")
     add("--words", type=float, nargs="?", const=1.0, default=0.0, help="scenes: fraction with a word in the picture")
     add("--class-names", type=str, default="", help="of the labels: a,b,c; of classes also a file such as words.txt")
     add("--template", type=str, nargs="+", default=list(TEMPLATES), help="captions of a label, with {label} in them")
-    add("--size", type=int | None, default=None, help="side in pixels (scenes: 32, others: 256)")
+    add("--languages", type=str, nargs="+", default=["en"], help="emoji: of the captions, such as en zh")
+    add("--background", default="white", choices=("white", "random"), help="emoji: white, or plain colours")
+    add("--size", type=int | None, default=None, help="side in pixels (scenes: 32, emoji: 64, others: 256)")
     add("--resize", default=None, choices=("center_crop", "keep_ratio", "budget", "no"), help="(center_crop)")
     add("--format", default=None, choices=("jpg", "png", "webp", "keep"), help="of the pictures (up to 64 pixels: png)")
     add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100")
@@ -104,11 +106,11 @@ def _configs_first(words: list[str]) -> list[str]:
 
 
 def _load_options(text: str) -> Any:
-    """YAML in which one path or template may stand without brackets."""
+    """YAML in which one path, template or language may stand without brackets."""
     content = yaml.safe_load(text)
     if not isinstance(content, dict):
         return content
-    return content | {name: [content[name]] for name in ("path", "template") if isinstance(content.get(name), str)}
+    return content | {name: [content[name]] for name in ("path", "template", "languages") if isinstance(content.get(name), str)}
 
 
 def _prepare(options: Namespace) -> int:
@@ -131,6 +133,8 @@ def _prepare(options: Namespace) -> int:
         max_objects=options.max_objects,
         words=options.words,
         class_names=tuple(name.strip() for name in options.class_names.split(",") if name.strip()),
+        languages=tuple(options.languages),
+        background=options.background,
         templates=tuple(options.template),
     )
     config = PrepareConfig(

@@ -50,6 +50,7 @@ class Emoji:
         languages: of the captions, as `emoji.LANGUAGES` names them; each adds its own three.
         background: "white", or "random": one of six plain colours, which the longest caption names.
         seed: of the random backgrounds.
+        num: how many, spread over all; 0 takes all.
 
     Raises:
         DataError: a package is missing or laid out otherwise, or a language is not there.
@@ -64,6 +65,7 @@ class Emoji:
         languages: tuple[str, ...] = ("en",),
         background: str = "white",
         seed: int = 0,
+        num: int = 0,
     ) -> None:
         if background not in ("white", "random"):
             raise DataError(f"--background is {background!r}, wanted white or random")
@@ -72,9 +74,10 @@ class Emoji:
         self.size, self.languages, self.background, self.seed = size, languages, background, seed
         self.names = names_of(languages)
         self.styles, self.details = packages(path)
-        self.items = [
-            (style, symbol) for style in self.styles for symbol in sorted(style.symbols) if symbol in self.names
-        ]
+        items = [(style, symbol) for style in self.styles for symbol in sorted(style.symbols) if symbol in self.names]
+        if not 0 <= num <= len(items):
+            raise DataError(f"--num is {num}, wanted 0 to {len(items)} emoji")
+        self.items = [items[i * len(items) // num] for i in range(num)] if num else items
         self.attribution = " ".join(style.attribution for style in self.styles)
 
     def chunks(self, longest: int) -> list[Stretch]:
@@ -100,7 +103,7 @@ class Emoji:
                 continue
             attributes = self._attributes(style, symbol, key)
             pixels = compose(drawing, self.size, BACKGROUNDS[attributes.get("background", "white")])
-            held_out = held_out_by(symbol, self._label(symbol, "en"), style.name, len(self.styles))
+            held_out = self.held_out(symbol, style.name)
             metadata = {"held_out": held_out, "language": list(self.languages)}
             yield Sample(
                 key,
@@ -110,6 +113,20 @@ class Emoji:
                 split="val" if held_out else "train",
                 metadata=metadata,
             )
+
+    def held_out(self, symbol: Symbol, style: str) -> str:
+        """The rule that keeps this emoji for `val`, or "" where it is trained on: a pure function of its combination.
+
+        All styles of a person with a held-out skin tone are held out together.
+        """
+        label = self._label(symbol, "en")
+        if any(point in TONES for point in symbol):
+            rule, combination = "label x tone", " ".join([label, *(TONES[p] for p in symbol if p in TONES)])
+        elif len(self.styles) > 1:
+            rule, combination = "label x style", f"{label} {style}"
+        else:
+            rule, combination = "label", label
+        return rule if split_of(f"{rule} {combination}", HELD_OUT) == "val" else ""
 
     def _label(self, symbol: Symbol, language: str) -> str:
         """The name without its skin tone: that of the emoji without one, where there is such; "flag of" a country."""
@@ -155,21 +172,6 @@ class Emoji:
         details = self.details.get(symbol)
         tags = ": " + ", ".join(details.tags[:5]) if details is not None and details.tags else ""
         return [label, medium, f"{medium}, {attributes['style']} style{where}{tags}"]
-
-
-def held_out_by(symbol: Symbol, label: str, style: str, num_styles: int) -> str:
-    """The rule that keeps this emoji for `val`, or "" where it is trained on.
-
-    A pure function of its combination: all styles of a person with a held-out skin tone are held out together.
-    """
-    if any(point in TONES for point in symbol):
-        tones = "-".join(TONES[point] for point in symbol if point in TONES)
-        rule, combination = "label x tone", f"{label} {tones}"
-    elif num_styles > 1:
-        rule, combination = "label x style", f"{label} {style}"
-    else:
-        rule, combination = "label", label
-    return rule if split_of(f"{rule} {combination}", HELD_OUT) == "val" else ""
 
 
 def without_tone(symbol: Symbol) -> Symbol:

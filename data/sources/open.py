@@ -82,7 +82,7 @@ class Kind:
 
 KINDS = {
     "scenes": Kind(lambda c: Scenes(c.num, c.seed, c.size, c.max_objects, c.words), "none", size=32),
-    "emoji": Kind(lambda c: Emoji(c.path, c.size, c.languages, c.background, c.seed), "none", size=64),
+    "emoji": Kind(lambda c: Emoji(c.path, c.size, c.languages, c.background, c.seed, c.num), "none", size=64),
     # Before parquet: img2dataset leaves both in one folder.
     "tars": Kind(lambda c: Tars(c.path), "many", lambda paths: is_remote(paths[0]) or bool(tar_urls(paths))),
     "parquet": Kind(
