@@ -110,7 +110,9 @@ def _load_options(text: str) -> Any:
     content = yaml.safe_load(text)
     if not isinstance(content, dict):
         return content
-    return content | {name: [content[name]] for name in ("path", "template", "languages") if isinstance(content.get(name), str)}
+    return content | {
+        name: [content[name]] for name in ("path", "template", "languages") if isinstance(content.get(name), str)
+    }
 
 
 def _prepare(options: Namespace) -> int:
