@@ -138,6 +138,16 @@ def test_a_prior_of_random_order_is_told_which_latent_it_reads() -> None:
     assert ((distance > 1e-3).sum(1) == 2).all()
 
 
+def test_a_line_without_a_caption_has_no_caption_loss() -> None:
+    prior = captioning_prior().eval()
+    torch.nn.init.normal_(prior.next_word.weight, std=0.2)
+    text = prior.encode_text(CAPTIONS)
+    dropped = prior.without_caption(text, torch.tensor([False, True, False, False]))
+    whole, found = prior.caption_losses(codes(), text), prior.caption_losses(codes(), dropped)
+    assert found[1] == 0 < whole[1]
+    assert torch.equal(found[[0, 2, 3]], whole[[0, 2, 3]])
+
+
 def test_captioning_options_are_checked() -> None:
     vocabulary = CaptionVocabulary(rows=32, context_length=12)
     with pytest.raises(PriorError, match="at both ends"):

@@ -1,5 +1,7 @@
 """Vocabulary, prefix reader, contrastive losses, gradient balance."""
 
+import math
+
 import pytest
 import torch
 
@@ -224,3 +226,23 @@ def test_unknown_words_are_named_once_and_not_in_training(caplog: pytest.LogCapt
         vocabulary.encode(["a red circle", "a red zebra"])
     (record,) = caplog.records
     assert "unknown token: zebra" in record.getMessage() and vocabulary.unknown == 2
+
+
+def test_short_prefixes_count_more_by_the_logarithm_of_their_length() -> None:
+    text = prefix_text(tiny_tokenizer())  # lengths 1, 2, 6
+    wanted = torch.tensor([1, 1 / 2, 1 / (1 + math.log2(6))])
+    torch.testing.assert_close(text.weights, wanted / wanted.sum())
+
+
+def test_a_picture_without_a_caption_has_no_caption_loss() -> None:
+    text = prefix_text(tiny_tokenizer())
+    captioner = PrefixCaptioner(64, 12, 6, 4, 32, 1, 2)
+    ids, _ = text.vocabulary.encode(["a red circle", "", "a blue square above a green star", ""])
+    z = torch.randn(4, 6, 4)
+
+    def loss(rows: list[int]) -> torch.Tensor:
+        text.weights.copy_(torch.tensor([1.0, 0.0, 0.0]))  # one length: no chance
+        return text.caption_loss(captioner, z[rows], ids[rows])
+
+    torch.testing.assert_close(loss([0, 1, 2, 3]), loss([0, 2]))
+    assert loss([1, 3]) == 0 < loss([0])

@@ -23,7 +23,7 @@ from stage2_prior.orders import (
 from stage2_prior.prior import PriorError
 from stage2_prior.variants.masked import MaskedPrior
 from stage2_prior.variants.noise_extended import NoiseExtendedPrior
-from tests.small_priors import CAPTIONS, C, K, awake, parts
+from tests.small_priors import CAPTIONS, C, D, K, awake, parts
 
 
 def noise_extended() -> NoiseExtendedPrior:
@@ -202,6 +202,28 @@ def test_only_hidden_latents_have_a_loss_and_the_mean_is_theirs() -> None:
         torch.testing.assert_close(ours, torch.stack([theirs[tuple(x.tolist())] for x in z[hidden]]))  # each its own
         counts.add(n)
     assert len(counts) >= 3 and min(counts) < K
+
+
+def test_the_share_hidden_in_training_is_cos_of_a_uniform_angle() -> None:
+    """P(at most n of 32 are hidden) = 1 - 2/pi asin(n/32); a uniform share, the control, is far from that."""
+    vocabulary, _, head = parts(32)
+    prior = MaskedPrior(32, C, vocabulary, Backbone(D, 1, 2, 44), head)
+    counts: list[int] = []
+
+    def loss(cond: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        counts.append(len(target))
+        return target.sum(-1)
+
+    prior.head.loss = loss  # type: ignore[method-assign,assignment]
+    z, text, g = torch.zeros(1, 32, C), prior.encode_text(CAPTIONS[:1]), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(800):
+            prior.losses(z, text, g)
+    n = torch.arange(1, 33)
+    below = (torch.tensor(counts)[:, None] <= n).double().mean(0)
+    cosine = 2 / math.pi * (n / 32).double().asin()
+    critical = 1.95 / 800**0.5  # Kolmogorov's, 0.1%
+    assert (below - cosine).abs().max() < critical < (n / 32 - cosine).abs().max() / 2
 
 
 class Asked(NamedTuple):
