@@ -1,9 +1,6 @@
 """`predict` of stage 1: every sample once, on any ranks, and what an interrupted run has finished is kept."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 from stage2_prior.evaluation.held_out import same_samples
 from tests.data_samples import prepared
 from tests.tiny import C, K, tiny_tokenizer
+from tests.warm import ranks
 
 SHARD = 10  # samples, in batches of 4, 4 and 2
 
@@ -216,26 +214,17 @@ def test_a_writer_without_an_origin_writes_records_that_any_tokenizer_may_own(tm
     assert write_latent_manifest(tmp_path, 2, 2, "abc") == {"train": 0, "val": 1}
 
 
+def predict_of_rank(scenes: Path, run_dir: Path) -> None:
+    predict(scenes, run_dir, strategy="ddp", devices=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [None, 4])
 def test_two_ranks_write_what_one_writes(scenes: Path, whole: Path, tmp_path: Path, stop_after: int | None) -> None:
     """Also where two ranks go on with what one rank began."""
     if stop_after is not None:
         predict(scenes, tmp_path, stop_after)
-    script = tmp_path / "two_ranks.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom tests.data.test_latents import predict\n"
-        "if __name__ == '__main__':\n"
-        "    predict(Path(sys.argv[1]), Path(sys.argv[2]), strategy='ddp', devices=2)\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, str(script), str(scenes), str(tmp_path)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in (results := ranks(2, predict_of_rank, scenes, tmp_path)):
+        assert done.returncode == 0, done.stderr[-2000:]
     assert files(tmp_path) == files(whole)
-    assert ("kept 10 of 60" in done.stdout) == (stop_after is not None)
+    assert ("kept 10 of 60" in results[0].stdout) == (stop_after is not None)

@@ -1,7 +1,5 @@
 """What a prior can do beside sampling: caption a line, classify by likelihood, distil its solver."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from stage2_prior.orders import LearnedOrder, RandomOrder
 from stage2_prior.prior import CausalPrior, PriorError
 from stage2_prior.training.distil import main as distil_main
 from stage2_prior.variants.captioning import CaptioningPrior
+from tests.warm import command
 
 K, C, D = 4, 2, 32
 CAPTIONS = ["a red circle", "a large blue square", "a cross above a small green star", "a yellow star"]
@@ -195,9 +194,8 @@ def test_a_distilled_solver_ends_nearer_to_many_steps_than_midpoint(taught: Capt
     with pytest.raises(PriorError, match="other weights or statistics"):
         distil_main(["--run_dir", str(tmp_path)])
     write_latent_manifest(tmp_path / "latents", K, C, "0123456789abcdef")
-    command = [sys.executable, "-m", "stage2_prior.training.distil", "--run_dir", str(tmp_path), "--steps", "4"]
-    command += ["--guidances", "1", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--run_dir", str(tmp_path), "--steps", "4", "--guidances", "1", "2"]
+    done = command("stage2_prior.training.distil", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = Prior.from_pretrained(tmp_path / "prior_amed")
     assert isinstance(loaded, CaptioningPrior) and isinstance(loaded.head, FlowHead)

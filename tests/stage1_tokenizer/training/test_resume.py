@@ -3,16 +3,18 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from stage1_tokenizer.training.cli import run_cli
 from stage1_tokenizer.training.optim import warmup_flat_cosine
-from tests.tiny_run import TinyLit, checkpoint, fresh, run
+from tests.tiny_run import NumbersModule, TinyLit, checkpoint, fresh, run
+from tests.warm import Done, ranks
 
 __all__ = ["fresh"]  # a fixture that every test here uses
 
@@ -113,56 +115,58 @@ def test_a_checkpoint_of_another_shape_is_named(tmp_path: Path, capsys: pytest.C
     assert stopped.value.code == 1 and "does not fit this configuration" in error and "size mismatch" in error
 
 
-def two_ranks(tmp_path: Path, *words: str, first: str = "") -> subprocess.CompletedProcess[str]:
-    """A fit of two processes; `first`: a line of Python that each runs before, with os, TinyLit and `rank` at hand."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(
-        "import os\nfrom stage1_tokenizer.training.cli import run_cli\n"
-        "from tests.tiny_run import NumbersModule, TinyLit\n"
-        f"rank = int(os.environ.get('LOCAL_RANK', 0))\n{first}\n"
-        "if __name__ == '__main__':\n    run_cli('stage1', TinyLit, NumbersModule, 'two_ranks')\n"
-    )
-    root = Path(__file__).resolve().parents[3]
-    ranks = ["accelerator=cpu", "devices=2", "strategy=auto", "max_epochs=-1", "use_distributed_sampler=false"]
-    fit = ["fit", f"--run_dir={tmp_path / 'run'}", "--precision=32-true", *(f"--trainer.{word}" for word in ranks)]
-    return subprocess.run(
-        [sys.executable, str(script), *fit, *words],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,  # where ranks do not agree, one waits for the other for half an hour
-    )
+def fit_of_rank(words: list[str], prepare: Callable[[int], None] | None) -> None:
+    if prepare is not None:
+        prepare(int(os.environ["LOCAL_RANK"]))
+    run_cli("stage1", TinyLit, NumbersModule, "two_ranks", ["fit", *words])
+
+
+def two_ranks(run_dir: Path, *words: str, prepare: Callable[[int], None] | None = None) -> list[Done]:
+    """A fit of two processes; `prepare` is called with the rank before."""
+    trainer = ["accelerator=cpu", "devices=2", "strategy=auto", "max_epochs=-1", "use_distributed_sampler=false"]
+    common = [f"--run_dir={run_dir}", "--precision=32-true", *(f"--trainer.{word}" for word in trainer)]
+    return ranks(2, fit_of_rank, [*common, *words], prepare)
 
 
 @pytest.mark.slow
 def test_two_ranks_fit_and_resume(tmp_path: Path) -> None:
     for words in (["--trainer.max_steps=3"], ["--trainer.max_steps=6", "--resume=auto"]):
-        done = two_ranks(tmp_path, *words)
-        assert done.returncode == 0, done.stderr[-2000:]
-    stored = checkpoint(tmp_path / "run")
+        for done in two_ranks(tmp_path, *words):
+            assert done.returncode == 0, done.stderr[-2000:]
+    stored = checkpoint(tmp_path)
     assert stored["global_step"] == 6
     first, second = (states["torch"] for states in stored["random_states"])
     assert not torch.equal(first, second)  # ranks draw different noise
-    assert (tmp_path / "run" / "tokenizer" / "weights.pt").is_file()
+    assert (tmp_path / "tokenizer" / "weights.pt").is_file()
+
+
+def interrupt_second_rank(rank: int) -> None:
+    TinyLit.on_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if (step, rank) == (3, 1) else None
 
 
 @pytest.mark.slow
 def test_ranks_stop_together_when_one_is_interrupted(tmp_path: Path) -> None:
-    interrupt = "TinyLit.on_step = lambda step: os.kill(os.getpid(), 2) if (step, rank) == (3, 1) else None"
-    done = two_ranks(tmp_path, "--trainer.max_steps=100000", first=interrupt)
-    assert done.returncode != 0 and "interrupted: finishing this step" in done.stdout
-    stored = checkpoint(tmp_path / "run")
+    first, second = two_ranks(tmp_path, "--trainer.max_steps=100000", prepare=interrupt_second_rank)
+    assert first.returncode != 0 and second.returncode != 0
+    assert "interrupted: finishing this step" in first.stdout + second.stdout
+    stored = checkpoint(tmp_path)
     assert 4 <= stored["global_step"] <= 20 and len(stored["random_states"]) == 2
+
+
+def break_second_rank(rank: int) -> None:
+    step = TinyLit.training_step
+
+    def broken(self: TinyLit, batch: dict[str, Any], batch_idx: int) -> dict[str, torch.Tensor]:
+        if self.global_step == 3:
+            return {"loss": self.net.get_parameter("0.weight").sum() * float("nan") ** rank}
+        return step(self, batch, batch_idx)
+
+    TinyLit.training_step = broken  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
 def test_ranks_stop_together_when_the_loss_of_one_is_not_finite(tmp_path: Path) -> None:
-    broken = (
-        "step = TinyLit.training_step\n"
-        "nan = lambda self: {'loss': self.net[0].weight.sum() * float('nan') ** rank}\n"
-        "TinyLit.training_step = lambda self, *a: nan(self) if self.global_step == 3 else step(self, *a)"
-    )
-    done = two_ranks(tmp_path, "--trainer.max_steps=100000", "--nan_guard.every_n_steps=5", first=broken)
-    assert done.returncode != 0 and "not finite" in done.stderr
-    assert not (tmp_path / "run" / "stage1" / "checkpoints" / "last.ckpt").exists()
+    words = ["--trainer.max_steps=100000", "--nan_guard.every_n_steps=5"]
+    for done in two_ranks(tmp_path, *words, prepare=break_second_rank):
+        assert done.returncode != 0 and "not finite" in done.stderr
+    assert not (tmp_path / "stage1" / "checkpoints" / "last.ckpt").exists()

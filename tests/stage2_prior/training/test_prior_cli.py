@@ -1,10 +1,7 @@
 """Stage 2 from the command line on a tiny run: fit, test, predict, and what each refuses."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from stage2_prior.latent_space import load_space
 from stage2_prior.training.latent_data import PriorDataModule, PriorImageModule, read_captions
 from stage2_prior.training.lit_prior import LitPrior
 from tests.tiny import SIZE, C, K, tiny_tokenizer
+from tests.warm import command
 
 
 def write_latents(tokenizer: Tokenizer, images: ImageDataModule, folder: Path, fingerprint: str) -> None:
@@ -336,15 +334,8 @@ def test_two_ranks_write_one_listing(run_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     data = {"captions_file": str(tmp_path / "captions.txt"), "val_batch_size": 2}
     file.write_text(yaml.safe_dump(config(run, **data)))
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, "-m", "stage2_prior", "predict", f"--config={file}", "--trainer.devices=2"]
-    done = subprocess.run(
-        [*command, "--trainer.strategy=ddp"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    # The first rank starts the second as a user's command would.
+    done = command("stage2_prior", "predict", f"--config={file}", "--trainer.devices=2", "--trainer.strategy=ddp")
     assert done.returncode == 0, done.stderr[-2000:]
     listing = json.loads((run / "images" / "captions.json").read_text())
     assert list(listing.values()) == captions and list(listing) == sorted(listing)

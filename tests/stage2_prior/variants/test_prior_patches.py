@@ -1,8 +1,6 @@
 """Raw pixel patches as latents: nothing is lost, and the prior's commands accept them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from data.reading.datamodule import LatentDataModule
 from stage2_prior.latent_space import PriorError, load_space
 from stage2_prior.orders import SpiralOrder
 from stage2_prior.variants.patches import PatchLatents, main
+from tests.warm import command
 
 
 def test_patches_lose_nothing_and_prefixes_fill_with_the_mean() -> None:
@@ -43,9 +42,7 @@ def test_command_writes_latents_and_an_export(tmp_path: Path, capsys: pytest.Cap
     assert data_main([*arguments, "--workers", "1", "--out", str(tmp_path / "data")]) == 0
     options = ["--run_dir", str(tmp_path), "--data", str(tmp_path / "data"), "--image_size", "16", "--patch_size", "4"]
     assert main(options) == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "stage2_prior.variants.patches", *options], capture_output=True, text=True
-    )
+    done = command("stage2_prior.variants.patches", *options)
     assert done.returncode == 0, done.stderr[-2000:]  # as a command: its export must not name a class of `__main__`
     space = load_space(tmp_path / "tokenizer")
     data = LatentDataModule(str(tmp_path / "latents"))
