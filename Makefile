@@ -68,7 +68,7 @@ reading: setup
 		$(foreach name,draws reads reads_longer draws_backwards,--runs $(name) $(SEEDS:%=runs/reading/$(name)_%))
 
 test: setup
-	python -m pytest
+	python -m pytest -n 2 --dist worksteal
 
 bench: setup
 	python -m tests.benchmarks

@@ -4,9 +4,8 @@ A code of F floats per picture is the projection on the first F components. It i
 error, it is ordered, and its prefixes are exact, so "PCA at equal floats" is a fair opponent at every prefix length k
 of a tokenizer with C channels per latent (F = k C). The floats here are exact; a learned code with noise has less.
 
-The fit is the randomised subspace iteration of Halko, Martinsson & Tropp 2011 (algorithm 4.4, then 5.1): it needs
-neither the P x P covariance nor its eigenvectors, so 12,288 pixels are seconds. With as many directions as pixels or
-pictures it is exact.
+The fit is `torch.pca_lowrank` (Halko, Martinsson & Tropp 2011): it needs neither the P x P covariance nor its
+eigenvectors, so 12,288 pixels are seconds. With as many directions as pixels or pictures it is exact.
 
 Letters: N pictures, P = 3 H W pixel values, F floats (components), Q = F + oversampling directions.
 """
@@ -33,25 +32,22 @@ class PCA:
         return len(self.components)
 
     @classmethod
-    def fit(cls, images: Tensor, num_floats: int, generator: torch.Generator | None = None) -> "PCA":
-        """Fit on pictures (N, 3, H, W); `generator` (of the CPU) draws the first directions."""
+    def fit(cls, images: Tensor, num_floats: int, seed: int = 0) -> "PCA":
+        """Fit on pictures (N, 3, H, W); `seed` draws the first directions, the global random state stays as it is."""
         if images.ndim != 4 or len(images) < 2:
             raise ValueError(f"got pictures of shape {tuple(images.shape)}, wanted (N, 3, H, W) with N of 2 or more")
         x = images.flatten(1).float()  # (N, P)
         num_floats = min(num_floats, len(x) - 1, x.shape[1])
-        directions = min(num_floats + OVERSAMPLING, len(x), x.shape[1])
+        directions = min(num_floats + OVERSAMPLING, *x.shape)
         mean = x.mean(dim=0)
         x = x - mean
-        basis = torch.randn(x.shape[1], directions, generator=generator).to(x.device)  # (P, Q)
-        for _ in range(ITERATIONS):  # the QR in between keeps small components from drowning in the large ones
-            basis = torch.linalg.qr(x.T @ (x @ basis)).Q  # (P, Q)
-        codes = x @ basis  # (N, Q)
-        variances, rotation = torch.linalg.eigh((codes.T @ codes).double())  # ascending
-        order = variances.argsort(descending=True)[:num_floats]
-        components = (basis.double() @ rotation[:, order]).T.float()  # (F, P)
-        explained = (variances[order] / x.double().square().sum().clamp_min(1e-30)).float()
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            of_device = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+            of_device.manual_seed(seed)  # torch.manual_seed would seed every GPU
+            _, singular, components = torch.pca_lowrank(x, directions, center=False, niter=ITERATIONS)  # (Q,), (P, Q)
+        explained = singular.square() / x.double().square().sum().clamp_min(1e-30).float()
         c, h, w = images.shape[1:]
-        return cls(mean, components, explained, (c, h, w))
+        return cls(mean, components.T[:num_floats].contiguous(), explained[:num_floats], (c, h, w))
 
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, F), first component first."""

@@ -133,7 +133,7 @@ def _fit_pca(datamodule: PictureData, train: dict[str, Any], num_floats: int, se
     images = train["images"][:limit]
     if len(images) < limit:
         images = draw_training(datamodule, limit, seed)["images"]
-    return PCA.fit(images.to(device), num_floats, torch.Generator().manual_seed(seed))
+    return PCA.fit(images.to(device), num_floats, seed)
 
 
 @torch.inference_mode()

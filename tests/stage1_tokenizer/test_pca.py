@@ -18,7 +18,7 @@ def correlated(n: int, seed: int = 0) -> torch.Tensor:
 
 def test_error_is_that_of_the_best_subspace() -> None:
     images = correlated(400)
-    pca = PCA.fit(images, 20, torch.Generator().manual_seed(0))
+    pca = PCA.fit(images, 20)
     x = images.flatten(1)
     singular = torch.linalg.svdvals(x - x.mean(0))
     for floats in (1, 5, 20):
@@ -42,6 +42,13 @@ def test_a_prefix_of_the_code_is_the_smaller_code() -> None:
     images = correlated(300)
     pca = PCA.fit(images, 16)
     torch.testing.assert_close(pca.decode(pca.encode(images)[:, :5]), pca.reconstruct(images, 5))
+
+
+def test_a_fit_follows_its_seed_and_leaves_the_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    one, same, other = (PCA.fit(correlated(300), 16, seed) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.components, same.components) and not torch.equal(one.components, other.components)
 
 
 def test_few_pictures_give_few_floats() -> None:
