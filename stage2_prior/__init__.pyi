@@ -50,6 +50,8 @@ from .orders import (
     RandomOrder as RandomOrder,
     RasterOrder as RasterOrder,
     ReversedOrder as ReversedOrder,
+    ScaleOrder as ScaleOrder,
+    SetOrder as SetOrder,
     SpiralOrder as SpiralOrder,
     ZigzagOrder as ZigzagOrder,
 )
@@ -57,6 +59,8 @@ from .prior import CausalPrior as CausalPrior
 from .training.latent_data import PriorDataModule as PriorDataModule, PriorImageModule as PriorImageModule
 from .training.lit_prior import LitPrior as LitPrior
 from .variants.captioning import CaptioningPrior as CaptioningPrior
+from .variants.frequencies import FrequencyLatents as FrequencyLatents
 from .variants.masked import MaskedPrior as MaskedPrior
 from .variants.noise_extended import NoiseExtendedPrior as NoiseExtendedPrior
 from .variants.patches import PatchLatents as PatchLatents
+from .variants.pyramid import PyramidLatents as PyramidLatents

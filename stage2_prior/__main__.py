@@ -1,7 +1,7 @@
 """Command line of stage 2.
 
     python -m stage2_prior fit|validate|test|predict --config configs/stage2/NAME.yaml
-    python -m stage2_prior compare|sweep|showcase|patches|amed --help
+    python -m stage2_prior compare|sweep|showcase|patches|pyramid|frequencies|amed --help
 
 The first four are Lightning's; the others read finished runs or data, and load no config.
 """
@@ -14,6 +14,8 @@ COMMANDS = {
     "sweep": "stage2_prior.evaluation.sweep",
     "showcase": "stage2_prior.evaluation.showcase",
     "patches": "stage2_prior.variants.patches",
+    "pyramid": "stage2_prior.variants.pyramid",
+    "frequencies": "stage2_prior.variants.frequencies",
     "amed": "stage2_prior.heads.amed",
 }
 

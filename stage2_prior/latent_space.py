@@ -39,7 +39,7 @@ class LatentSpace(Protocol):
 
 
 def load_space(path: str | Path, device: torch.device | str = "cpu") -> LatentSpace:
-    """The exported tokenizer in a folder, learned or of raw patches. Errors as `Tokenizer.from_pretrained`."""
+    """The exported tokenizer in a folder, learned or fixed. Errors as `Tokenizer.from_pretrained`."""
     module = load_module(nn.Module, path).to(device)
     if not isinstance(module, LatentSpace):
         raise PriorError(f"{path} holds a {type(module).__name__}, wanted a tokenizer; name the folder that it is in.")

@@ -4,6 +4,11 @@ A learned tokenizer's latents have an order of their own; latents of a grid (pat
 zigzag are the customary inventions. `order.permutation(...)[i]` is the position modelled as the i-th. Reversed and
 random orders of a learned line are controls: if its order means anything, they must do worse.
 
+An order also says what is drawn at once. As a rule that is one latent, whose token carries the latent before it.
+`SetOrder` has sets: the latents of one are independent of each other given the sets before; its tokens see each other
+and all earlier ones, and carry the latents of the set before, so that a line of K latents stays one of K tokens. Scales
+of a pyramid (Tian et al. 2024, "VAR") are such sets, and so are late latents of a learned line, which say little.
+
 Masks are bool, True = visible, (B, 1, n, n) over the tokens [words | line], words being visible to everyone and seeing
 each other, padding to nobody. Where a mask also exists for FlexAttention, both come from one rule over index pairs.
 
@@ -12,8 +17,10 @@ Letters: B batch, K latents, L caption tokens, S noisy copies of each latent.
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -30,7 +37,7 @@ class OrderError(ValueError):
 def fixed_order(positions: tuple[int, ...], device: torch.device) -> Tensor:
     """The positions as a tensor, made once: sending it to an accelerator in every step would wait for the step."""
     with torch.inference_mode(False):  # it may be asked for again where gradients are recorded
-        return torch.tensor(positions, device=device)
+        return torch.tensor(positions, device=device, dtype=torch.long)
 
 
 class LearnedOrder(Spec, nn.Module):
@@ -63,6 +70,22 @@ class LearnedOrder(Spec, nn.Module):
                     f" {max(positions[:n])} before some of them; leave out prefix and num_latents, or use LearnedOrder."
                 )
         return fixed_order(tuple(positions), device).expand(batch, -1)
+
+    def sets(self, num_latents: int) -> list[int]:
+        """Sizes of the sets that are drawn at once, in the order of modelling; their sum is K."""
+        return [1] * num_latents
+
+    def mask(self, text_mask: Tensor, num_latents: int) -> Tensor:
+        """(B,1,L+K,L+K): line tokens see real words, their own set and earlier ones."""
+        return causal_mask(text_mask, num_latents)
+
+    def carry(self, latents: Tensor) -> Tensor:
+        """What tokens behind the first set carry, given latents (B,n,...) of whole sets, in the order of modelling."""
+        return latents
+
+    def carry_on(self, latents: Tensor, index: int) -> Tensor:
+        """What the tokens of set `index` (1 or more) carry of the latents (B,n,...) of the set before it."""
+        return latents
 
 
 class ReversedOrder(LearnedOrder):
@@ -134,6 +157,71 @@ class SpiralOrder(RasterOrder):
             peeled += grid.pop(0)
             grid = [list(column) for column in zip(*grid, strict=True)][::-1]
         return peeled[::-1]
+
+
+class SetOrder(LearnedOrder):
+    """The tokenizer's order in sets, each drawn at once.
+
+    Args:
+        sizes: of the sets, first to last; none is smaller than the one before, whose latents it has to carry.
+    """
+
+    def __init__(self, sizes: list[int]):
+        super().__init__()
+        if not sizes or sizes[0] < 1 or sizes != sorted(sizes):
+            raise OrderError(
+                f"got sets of {sizes} latents, wanted sizes of at least 1 that never shrink: the tokens of a set carry"
+                " the latents of the one before it."
+            )
+        self.sizes = sizes
+        starts = [0, *accumulate(sizes)]
+        self.carried = [starts[i - 1] + at for i in range(1, len(sizes)) for at in self.parents(i)]
+        self.set_of = [i for i, size in enumerate(sizes) for _ in range(size)]
+
+    def parents(self, index: int) -> list[int]:
+        """For each token of set `index`, the latent of the set before that it carries; each is carried."""
+        before, size = self.sizes[index - 1], self.sizes[index]
+        return [at * before // size for at in range(size)]
+
+    def positions(self, num_latents: int) -> list[int]:
+        if sum(self.sizes) != num_latents:
+            raise OrderError(
+                f"{type(self).__name__} is for {sum(self.sizes)} latents in sets of {self.sizes}, but num_latents is"
+                f" {num_latents}; give sets that make up the line."
+            )
+        return super().positions(num_latents)
+
+    def sets(self, num_latents: int) -> list[int]:
+        return self.sizes
+
+    def mask(self, text_mask: Tensor, num_latents: int) -> Tensor:
+        own = fixed_order(tuple(self.set_of), text_mask.device)
+        line = F.pad(own[:, None] >= own, (text_mask.shape[1], 0, text_mask.shape[1], 0))  # (n,n)
+        return (seen_words(text_mask, num_latents) | line)[:, None]
+
+    def carry(self, latents: Tensor) -> Tensor:
+        return latents[:, fixed_order(tuple(i for i in self.carried if i < latents.shape[1]), latents.device)]
+
+    def carry_on(self, latents: Tensor, index: int) -> Tensor:
+        return latents[:, fixed_order(tuple(self.parents(index)), latents.device)]
+
+
+class ScaleOrder(SetOrder):
+    """Next-scale: the sets are grids of growing side, coarse to fine, each stored row by row (see `PyramidLatents`).
+
+    A token carries the cell of the scale before that lies under it.
+
+    Args:
+        sides: of the grids, such as 1, 2, 4, 8.
+    """
+
+    def __init__(self, sides: list[int]):
+        self.sides = sides
+        super().__init__([side * side for side in sides])
+
+    def parents(self, index: int) -> list[int]:
+        coarse, fine = self.sides[index - 1], self.sides[index]
+        return [r * coarse // fine * coarse + c * coarse // fine for r in range(fine) for c in range(fine)]
 
 
 def gather_line(z: Tensor, order: Tensor) -> Tensor:

@@ -10,10 +10,14 @@ Words see all words, latents see all words and earlier latents, padding is seen 
 Guided and unguided rows are two rows of one batch that share every sampled latent (a test asserts it); where no scale
 differs from 1 only the conditional rows exist, so that w = 1 *is* conditional sampling, bit for bit.
 
+An order may put latents into sets (`orders.SetOrder`): those of a set are drawn at once, by one run of the transformer.
+
 Letters: B batch, K latents, C latent channels, L caption tokens, D width, R rows of a batch with unconditional twins.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +30,21 @@ from stage2_prior.conditions import WORD_STD, Condition, TrainingData, WordSum, 
 from stage2_prior.heads.base import Head
 from stage2_prior.heads.solvers import Solver
 from stage2_prior.latent_space import PriorError
-from stage2_prior.orders import LearnedOrder, causal_mask, gather_line, scatter_line
+from stage2_prior.orders import LearnedOrder, gather_line, scatter_line
 from stage2_prior.request import Request, Text
 
 __all__ = ["CausalPrior", "Prior", "PriorError", "Text"]
 
 
 class CausalPrior(Prior):
-    """One latent after another.
+    """One latent, or one set of the order, after another.
 
     Args:
         num_latents, latent_dim, vocabulary, caption_dropout: as `Prior`.
         condition: what captions become, in place of a vocabulary.
         backbone: transformer with room for the caption's and the line's tokens.
         head: distribution of one latent given its condition row.
-        order: which position is modelled when (None: the tokenizer's order).
+        order: which position is modelled when, and which together (None: the tokenizer's order, one by one).
         context_noise: in training, the latents that later ones see carry noise of a standard deviation drawn up to this
             (the model is told how much), so that its own small errors are nothing new to it when it samples.
         word_sum: also add the sum of the caption's words to every token of the line (see `WordSum`): for captions with
@@ -68,6 +72,7 @@ class CausalPrior(Prior):
         self.backbone, self.head, self.context_noise = backbone, head, context_noise
         self.order = LearnedOrder() if order is None else order
         self.order.positions(num_latents)  # raises if the order is for another line
+        self.sets = self.order.sets(num_latents)
         self.words = words
         self.start = embedding(backbone.width, std=WORD_STD)
         self.latent_in = decayed(nn.Linear(latent_dim, backbone.width))
@@ -88,7 +93,7 @@ class CausalPrior(Prior):
         return scatter_line(loss, order)  # (B,K)
 
     def conditions(self, z: Tensor, text: Text) -> Tensor:
-        """Condition rows of a whole line in a fixed order, by position: row i sees the caption and what precedes i."""
+        """Condition rows of a whole line in a fixed order, by position: row i sees caption and sets before its own."""
         order = self.order.permutation(len(z), self.num_latents, z.device)
         return scatter_line(self.line_conditions(gather_line(z, order), text, order), order)  # (B,K,D)
 
@@ -99,7 +104,7 @@ class CausalPrior(Prior):
 
         noisy: with the context noise of training, if there is any.
         """
-        context = line[:, :-1].float()
+        context = line[:, : -self.sets[-1]].float()
         sigma: Tensor | None = None
         if noisy and self.noise_level is not None:
             sigma = self.context_noise * torch.rand(len(line), 1, 1, generator=generator, device=line.device)
@@ -107,15 +112,20 @@ class CausalPrior(Prior):
         tokens = self.latent_in(context)
         if sigma is not None and self.noise_level is not None:
             tokens = tokens + sigma * self.noise_level
-        tokens = torch.cat([self.start.expand(len(line), 1, -1), tokens.to(self.start.dtype)], dim=1)  # (B,K,D)
+        tokens = self.line_tokens(tokens)  # (B,K,D)
         if self.target is not None:
             tokens = tokens + self.target[order]
         if self.word_sum is not None:
             tokens = tokens + self.word_sum(text.ids, text.text_mask)
         x = torch.cat([self.words(text.ids), tokens], dim=1)  # (B,L+K,D)
         n_words = text.ids.shape[1]
-        mask = causal_mask(text.text_mask, self.num_latents)
+        mask = self.order.mask(text.text_mask, self.num_latents)
         return self.backbone(x, self.token_positions(n_words), mask)[:, n_words:]  # (B,K,D)
+
+    def line_tokens(self, latents: Tensor) -> Tensor:
+        """Embedded latents (B,n,D) of whole sets -> the tokens of these sets and of the one behind them."""
+        start = self.start.expand(len(latents), self.sets[0], -1)
+        return torch.cat([start, self.order.carry(latents).to(start.dtype)], dim=1)
 
     def token_positions(self, n_words: int) -> Tensor:
         """(L+K,) positions: words from 0, latents from `context_length`, however long the caption is."""
@@ -125,40 +135,43 @@ class CausalPrior(Prior):
 
     def draw(self, ask: Request) -> Tensor:
         m, n_words, device = ask.captions, ask.text.ids.shape[1], ask.text.ids.device
-        p, n = ask.prefix.shape[1], ask.num_latents
+        p, n, ends = ask.prefix.shape[1], ask.num_latents, list(accumulate(self.sets))
         plan = self.head.plan(ask.steps, ask.solver)
-        order = self.order.permutation(m, self.num_latents, device, ask.generator, cuts=(p, n))[:, :n]
-        mask, positions = causal_mask(ask.text.text_mask, self.num_latents), self.token_positions(n_words)
+        order = self.order.permutation(m, self.num_latents, device, ask.generator, cuts=(p, n))
+        mask, positions = self.order.mask(ask.text.text_mask, self.num_latents), self.token_positions(n_words)
         cache = self.read_words(ask.text, m, mask, positions)
         words = None if self.word_sum is None else self.word_sum(ask.text.ids, ask.text.text_mask)  # (R,1,D)
         guided_until = max((i + 1 for i in range(p, n) if ask.scales[i] != 1), default=p)
-        line = list(gather_line(ask.prefix, order[:, :p]).unbind(1))
-        tokens = self.start.detach().expand(m, 1, -1)
-        if p:
-            given = self.latent_in(torch.stack(line, dim=1)).to(self.start.dtype)
-            tokens = torch.cat([tokens, given], dim=1)  # (B,p+1,D)
-        for i in range(p, n):
-            if i == guided_until:  # nothing from here on asks for the unconditional twins
+        given = gather_line(ask.prefix, order[:, :p])  # (B,p,C)
+        line, first = [given], bisect_right(ends, p)  # the first set that is not wholly given
+        tokens = self.line_tokens(self.latent_in(given[:, : sum(self.sets[:first])]))  # of the sets up to it
+        for index in range(first, bisect_left(ends, n) + 1 if p < n else first):
+            end, begin = ends[index], ends[index] - self.sets[index]
+            start, stop = max(begin, p), min(end, n)  # what is drawn of this set
+            if begin >= guided_until:  # nothing from here on asks for the unconditional twins
                 cache, mask = cache.keep_rows(m), mask[:m]
             if self.target is not None:
-                tokens = tokens + self.target[order[:, i + 1 - tokens.shape[1] : i + 1]]
+                tokens = tokens + self.target[order[:, end - tokens.shape[1] : end]]
             x = tokens.repeat(len(mask) // m, 1, 1)  # (R,.,D), twins share what is drawn
             if words is not None:
                 x = x + words[: len(x)]
-            seen, end = cache.length, n_words + i + 1
-            cond = self.backbone(x, positions[seen:end], mask[:, :, seen:end, :end], cache)[:, -1]  # (R,D)
-            z_i = self.head.sample(
-                cond[:m],
-                cond[m:] if len(cond) > m else None,
-                ask.scales[i],
+            seen, known = cache.length, n_words + end
+            rows = self.backbone(x, positions[seen:known], mask[:, :, seen:known, :known], cache)
+            cond = rows[:, x.shape[1] - (end - start) :][:, : stop - start]  # (R,s,D)
+            drawn = self.head.sample(
+                cond[:m].flatten(0, 1),
+                cond[m:].flatten(0, 1) if len(cond) > m else None,
+                sum(ask.scales[start:stop]) / (stop - start),
                 interval=ask.interval,
                 plan=plan,
                 temperature=ask.temperature,
                 generator=ask.generator,
-            )  # (B,C)
-            line.append(z_i)
-            tokens = self.latent_in(z_i).to(self.start.dtype)[:, None]  # (B,1,D)
-        return scatter_line(torch.stack(line, dim=1), order)  # (B,n,C)
+            ).unflatten(0, (m, stop - start))  # (B,s,C)
+            line.append(drawn)
+            if end < n:
+                latents = torch.cat([given[:, begin:], drawn], dim=1)  # (B,.,C) the whole set
+                tokens = self.order.carry_on(self.latent_in(latents).to(self.start.dtype), index + 1)
+        return scatter_line(torch.cat(line, dim=1), order[:, :n])  # (B,n,C)
 
     def read_words(self, text: Text, captions: int, mask: Tensor, positions: Tensor) -> Cache:
         """A cache with room for the line, filled with the words of every row (words see nothing else).

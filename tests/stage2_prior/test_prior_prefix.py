@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stage2_prior import DDIM, Prior
 from stage2_prior.heads.solvers import AdamsBashforth, Midpoint, SamplerError
-from stage2_prior.orders import LearnedOrder, OrderError, RandomOrder, ReversedOrder
+from stage2_prior.orders import LearnedOrder, OrderError, RandomOrder, ReversedOrder, SetOrder
 from stage2_prior.prior import CausalPrior, PriorError
 from stage2_prior.variants.masked import MaskedPrior
 from stage2_prior.variants.noise_extended import NoiseExtendedPrior
@@ -34,6 +34,7 @@ MAKERS: dict[str, Callable[[], Prior]] = {
     "causal": causal,
     "causal, word sum": lambda: causal(word_sum=True),
     "causal, random order": lambda: causal(RandomOrder()),
+    "causal, sets": lambda: causal(SetOrder([1, 2, 3])),
     "masked": masked,
     "noise-extended": noise_extended,
 }

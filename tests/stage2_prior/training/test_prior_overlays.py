@@ -14,21 +14,22 @@ from data.reading.latents import LatentShardWriter, write_latent_manifest
 from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.training.cli import run_cli
 from stage2_prior import Prior
+from stage2_prior.__main__ import main as command
 from stage2_prior.training.latent_data import PriorDataModule
 from stage2_prior.training.lit_prior import LitPrior
-from stage2_prior.variants.patches import main as cut_patches
 from tests.same_numbers import build
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 OVERLAYS = [None, *sorted((CONFIGS / "variants").glob("prior_*.yaml"))]
-SIZE, NARROW, PATCHES = (16, 16), (24, 5), (64, 48)
+SIZE, NARROW = (16, 16), (24, 5)
+FIXED = {"patches": (64, 48), "next_scale": (85, 48), "frequencies": (64, 48)}  # by a word of the overlay's name
 CAPTIONS = ["a photo of a cat", "a red circle on a white background"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random latents of the demo's size and narrow ones, with the tokenizers of both, untrained; a few pictures and
-    their patches."""
+    their latents by fixed maps."""
     folder = tmp_path_factory.mktemp("run")
     spaces: list[tuple[Path, tuple[int, int], list[str]]] = [
         (folder, SIZE, []),
@@ -47,8 +48,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_latent_manifest(made / "latents", *size, tokenizer.fingerprint)
     words = ["prepare", "--source", "scenes", "--num", "24", "--val-fraction", "0.25", "--workers", "1"]
     assert data_main([*words, "--out", str(folder / "data")]) == 0
-    cut = ["--run_dir", str(folder / "patches"), "--data", str(folder / "data"), "--patch_size", "4"]
-    assert cut_patches(cut) == 0
+    for word, name in (("patches", "patches"), ("pyramid", "next_scale"), ("frequencies", "frequencies")):
+        cut = [] if word == "frequencies" else ["--patch_size", "4"]
+        assert command([word, "--run_dir", str(folder / name), "--data", str(folder / "data"), *cut]) == 0
     return folder
 
 
@@ -66,7 +68,7 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     from_pictures = "class_path" in changes.get("data", {})
     files = [word for file in files_of(overlay) for word in ("--config", str(file))]
     made, size = run, SIZE
-    for folder, other in (("patches", PATCHES), ("narrow", NARROW), ("categorical", SIZE)):
+    for folder, other in (*FIXED.items(), ("narrow", NARROW), ("categorical", SIZE)):
         if any(folder in file for file in files):
             made, size = run / folder, other
     options = {
