@@ -36,6 +36,7 @@ DECODED_MEMBERS = (*IMAGE_MEMBERS, LATENT_MEMBER, "txt", "json", "cls")
 # Member kinds of a source that hold a picture; those of `IMAGE_MEMBERS` can also be passed through untouched.
 SOURCE_MEMBERS = (*IMAGE_MEMBERS, "gif", "bmp", "tif", "tiff", "ppm")
 _SPLIT_NAME = re.compile(r"^(train|val|valid|validation|dev|test|restval)(?![a-z])")
+LONGEST_KEY = 100 - len(f".{LATENT_MEMBER}")  # a plain tar has room for names of 100 bytes
 _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
 
 
@@ -103,15 +104,15 @@ class Source(Protocol):
 
 
 def clean_key(name: str) -> str:
-    """Return `name` reduced to `[A-Za-z0-9_-]`, so that a reader that splits at the first dot gets the whole key.
+    """Return `name` reduced to `LONGEST_KEY` of `[A-Za-z0-9_-]`, so that a reader that splits at the first dot gets it.
 
     A name that loses characters gets a short hash of the original, so that two names never meet in one key.
     """
-    clean = _UNSAFE.sub("_", name).strip("_")[:120]
-    if clean == name and clean:
+    clean = _UNSAFE.sub("_", name).strip("_")
+    if clean == name and 0 < len(clean) <= LONGEST_KEY:
         return clean
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
-    return f"{clean}_{digest}" if clean else digest
+    return f"{clean[: LONGEST_KEY - 9]}_{digest}" if clean else digest
 
 
 def key_hash(key: str) -> bytes:

@@ -1,8 +1,11 @@
 """Shards on disk: write a tar atomically, index its members, read any of them by offset.
 
 A tar is appended sample by sample under a temporary name, synced, and renamed: under its final name it is complete.
-Headers carry no time and no user, so that equal samples give equal bytes. A reader finds every member's offset by
-walking the headers once (512 bytes per member), and then reads a member with one `pread`, in any order.
+Headers carry no time and no user, so that equal samples give equal bytes. They are the bytes of `webdataset.TarWriter`,
+which takes 2.6 to 5.2 times the processor time (2,000 samples of 30 to 0.2 kB) and imports torch.
+
+A reader finds every member's offset by walking the headers once (512 bytes per member), and then reads a member with
+one `pread`, in any order.
 """
 
 from __future__ import annotations
@@ -92,10 +95,7 @@ class ShardWriter:
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """Return the header of a plain file: `tarfile`'s own for a file without time and owner, its template reused.
-
-    Only name, size and checksum differ between members, and `tarfile` takes a tenth of a millisecond for each header.
-    """
+    """Return `tarfile`'s header of a plain file without time and owner: only name, size and checksum are its own."""
     encoded = name.encode()
     if len(encoded) > 99 or size >= 8**11:
         info = tarfile.TarInfo(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import pickle
 from argparse import Namespace
@@ -24,7 +25,7 @@ from data.reading.datasets import decode_image
 from data.reading.latents import LatentShardWriter, write_latent_manifest
 from data.reading.shards import ShardReader, ShardWriter
 from data.reading.tar_index import index_tar, member_places
-from data.schema import DataError
+from data.schema import DataError, clean_key
 from data.sources.open import SourceConfig
 from data.sources.scenes import Scenes
 from tests.data_samples import encoded, flickr_folder, foreign, photo, prepared, records_in, tar_of
@@ -186,6 +187,18 @@ def test_keys_that_come_back_are_refused(tmp_path: Path) -> None:
         writer.write("a", {"txt": b""})
     writer.__exit__(AssertionError, None, None)
     assert not list(tmp_path.glob("c.tar*"))
+
+
+def test_a_shard_has_the_bytes_that_webdataset_writes(tmp_path: Path) -> None:
+    names = ("a", clean_key("b" * 200), "c" * 30)
+    samples = [(name, {"jpg": bytes(700 * i), "json": b"{}", "safetensors": b"x"}) for i, name in enumerate(names)]
+    theirs = {"user": "", "group": "", "mode": 0o644, "mtime": 0, "encoder": False}
+    with ShardWriter(tmp_path / "a.tar") as ours, webdataset.TarWriter(str(tmp_path / "b.tar"), **theirs) as other:
+        for key, members in samples:
+            ours.write(key, members)
+            other.write({"__key__": key, **members})
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert ours.sha256 == hashlib.sha256((tmp_path / "b.tar").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,7 @@ def test_keys_are_safe_and_never_meet() -> None:
     names = ["a.b", "a_b", "a b", "../a", "ä", "", "日本", "a/b", "x" * 300, "x" * 301]
     keys = [clean_key(name) for name in names]
     assert len(set(keys)) == len(names)
+    assert max(map(len, keys)) + len(".safetensors") == 100, "a plain tar has room for names of 100 bytes"
     assert all(
         key and set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") for key in keys
     )
