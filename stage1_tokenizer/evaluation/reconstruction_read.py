@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from stage1_tokenizer.evaluation.attributes import LETTER
 from stage1_tokenizer.evaluation.classifier import Classifier, accuracy_by_slot
-from stage1_tokenizer.evaluation.frechet import FeatureExtractor, frechet_distance, precision_recall
+from stage1_tokenizer.evaluation.frechet import FeatureExtractor, ImageNetFeatures, frechet_distance, precision_recall
 from stage1_tokenizer.evaluation.probes import linear_probe
 from stage1_tokenizer.evaluation.reconstruction_pass import HeldOut, Measured
 from stage1_tokenizer.pca import PCA
@@ -31,8 +31,11 @@ def distances(
     extractors: Sequence[FeatureExtractor],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Frechet distance to the held-out pictures by k, with precision and recall, and of as many training pictures."""
-    metrics = {}
+    """Frechet distance to the held-out pictures by k, with precision and recall, and of as many training pictures.
+
+    With ImageNet features also the share of pictures whose ImageNet class stays the same (`imagenet_top1_agreement`).
+    """
+    metrics: dict[str, Any] = {}
     for extractor in extractors:
         name = extractor.feature_name
         real = held_out.features[name]
@@ -46,6 +49,10 @@ def distances(
                 pairs = {k: precision_recall(real[few], fake[few]) for k, fake in by_k.items()}
                 entry[f"{label}_precision"] = {k: pair[0] for k, pair in pairs.items()}
                 entry[f"{label}_recall"] = {k: pair[1] for k, pair in pairs.items()}
+            if isinstance(extractor, ImageNetFeatures):
+                label_of = extractor.top1(real)
+                agreement = {k: (extractor.top1(fake) == label_of).float().mean().item() for k, fake in by_k.items()}
+                metrics.setdefault(f"imagenet_top1_agreement[{name}]", {})[label] = agreement
         metrics[f"frechet[{name}]"] = entry
     return metrics
 

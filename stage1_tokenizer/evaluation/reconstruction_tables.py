@@ -66,6 +66,10 @@ def _measures(metrics: Mapping[str, Any], lengths: Sequence[int]) -> list[Measur
             if f"reconstruction_{kind}" in entry:
                 measures.append(Measure(kind, entry[f"reconstruction_{kind}"], "{:.2f}"))
                 measures.append(Measure(f"PCA {kind}", entry[f"pca_{kind}"], "{:.2f}"))
+    for name, agreement in metrics.items():
+        if name.startswith("imagenet_top1_agreement"):
+            measures.append(Measure("same ImageNet class", agreement["reconstruction"], "{:.2f}"))
+            measures.append(Measure("PCA same ImageNet class", agreement["pca"], "{:.2f}"))
     return measures
 
 

@@ -201,6 +201,7 @@ class LitTokenizer(pl.LightningModule):
                 lpips_trunk=options.lpips_trunk,
                 lpips_weights=options.lpips_weights,
                 inception_weights=options.inception_weights,
+                imagenet_weights=options.imagenet_weights,
             )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:

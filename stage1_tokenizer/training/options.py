@@ -100,9 +100,11 @@ class ReportOptions:
         lpips_trunk: "alex", "vgg" or "squeeze".
         lpips_weights: path of the trunk's weights as torchvision has them; None looks in torch's cache.
         inception_weights: path of FID's Inception weights; None leaves that distance out, by name.
+        imagenet_weights: path of EfficientNet-Lite0's weights, or "installed": those of `unspool[features]`.
     """
 
     images: int = 2_000
     lpips_trunk: str = "alex"
     lpips_weights: str | None = None
     inception_weights: str | None = None
+    imagenet_weights: str | None = None

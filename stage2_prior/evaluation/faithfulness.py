@@ -46,8 +46,10 @@ def caption_groups(classifier: Classifier, images: ImageDataModule, real: dict[s
     n = len(real["keys"])
     groups = {"all": torch.ones(n, dtype=torch.bool)}
     if all(real["attributes"]):
-        objects = torch.tensor([len(a["objects"]) for a in real["attributes"]])
-        counts = {f"{int(k)} object{'s' if k > 1 else ''}": objects == k for k in objects.unique()}
+        counts = {}
+        if all("objects" in a for a in real["attributes"]):
+            objects = torch.tensor([len(a["objects"]) for a in real["attributes"]])
+            counts = {f"{int(k)} object{'s' if k > 1 else ''}": objects == k for k in objects.unique()}
         seen = _seen(classifier, images, real)
         both = {"seen combination": seen, "unseen combination": ~seen}
         groups |= counts | both

@@ -25,18 +25,22 @@ from torch import Tensor
 from data.reading.datamodule import ImageDataModule
 from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
-from stage1_tokenizer.evaluation.frechet import FeatureExtractor, RandomConvFeatures
+from stage1_tokenizer.evaluation.frechet import FeatureExtractor, RandomConvFeatures, imagenet_features
+from stage1_tokenizer.evaluation.image_metrics import Skipped
+from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage1_tokenizer.evaluation.provenance import provenance
 from stage2_prior.base import Prior
 from stage2_prior.captions import askable
 from stage2_prior.evaluation.captioning_report import captioning_report
-from stage2_prior.evaluation.distances import distance_report, features_of
+from stage2_prior.evaluation.distances import Features, distance_report, features_of
 from stage2_prior.evaluation.faithfulness import faithfulness_report
 from stage2_prior.evaluation.held_out import HeldOutData, held_out_latents, same_samples
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
+from stage2_prior.evaluation.neighbours import Bank, neighbour_report, shortest
 from stage2_prior.evaluation.sampling import Sampler, device_of
 from stage2_prior.latent_space import LatentSpace
 
+SEEN = 250  # captions of training pictures
 SEEDS = 8  # pictures of one caption, and captions of which so many are drawn
 
 
@@ -50,6 +54,8 @@ class GenerationReport:
         num_captions: held-out captions sampled at each scale.
         batch_size: captions per call of `sample`.
         images_dir: image shards that the latents were made from; None: `data/` of the run, or those that are encoded.
+        imagenet_weights: path of EfficientNet-Lite0's weights, or "installed" (`unspool[features]`): distances in its
+            features too, and nearest real pictures, which are in the report's own features without.
         nll_lines: held-out lines whose exact likelihood is integrated; 0 leaves it out.
         classify_lines: of these, lines that are classified by likelihood, each under ten captions; 0 leaves it out.
         seed: of the samples.
@@ -63,6 +69,7 @@ class GenerationReport:
         num_captions: int = 1000,
         batch_size: int = 250,
         images_dir: str | None = None,
+        imagenet_weights: str | None = None,
         nll_lines: int = 64,
         classify_lines: int = 16,
         seed: int = 0,
@@ -74,6 +81,7 @@ class GenerationReport:
         self.guidances = sorted({float(w) for w in (*(guidances or [1.0, 1.5, 2.0, 3.0]), guidance, 1.0)})
         self.guidance, self.steps, self.num_captions, self.batch_size = float(guidance), steps, num_captions, batch_size
         self.images_dir, self.nll_lines, self.classify_lines, self.seed = images_dir, nll_lines, classify_lines, seed
+        self.imagenet_weights = imagenet_weights
         self.sample = Sampler(steps, batch_size, seed)
 
     def write(self, prior: Prior, tokenizer: LatentSpace, data: HeldOutData, run_dir: Path) -> Path:
@@ -95,25 +103,30 @@ class GenerationReport:
         with torch.enable_grad():
             classifier = report_classifier(images, run_dir)
         extractor: FeatureExtractor = classifier or RandomConvFeatures()
+        imagenet = imagenet_features(self.imagenet_weights, device_of(prior))
+        extractors = [extractor] if isinstance(imagenet, Skipped) else [extractor, imagenet]
+        features = {x.feature_name: features_of(x, self.batch_size) for x in extractors}
         samples = {w: self.sample(prior, tokenizer, captions, w) for w in self.guidances}
         parts = held["latents"].to(device_of(prior)).split(self.batch_size)
         recon = torch.cat([tokenizer.decode(z).cpu() for z in parts])
         noise = torch.randn(held["latents"].shape, generator=torch.Generator().manual_seed(self.seed))
         z = held["latents"] + held["latents_std"] * noise  # as in training
         generated = {str(w): s.images for w, s in samples.items()}
+        distances = {
+            name: {"features": name} | distance_report(extract, generated, recon, real, images, tokenizer, self.seed)
+            for name, extract in features.items()
+        }
         metrics: dict[str, Any] = {
             "captions": len(captions),
             "without_caption": total - len(captions),
             "features": extractor.feature_name,
             "seed": self.seed,
             "latents": {str(w): spread(s.latents, z) for w, s in samples.items()},
-            "distances": {
-                "features": extractor.feature_name,
-                **distance_report(
-                    features_of(extractor, self.batch_size), generated, recon, real, images, tokenizer, self.seed
-                ),
-            },
+            "distances": distances.pop(extractor.feature_name),
+            **{f"distances[{name}]": entry for name, entry in distances.items()},
+            "skipped": [vars(imagenet)] if isinstance(imagenet, Skipped) else [],
         }
+        metrics["neighbours"], nearest = self.neighbours(prior, tokenizer, features, generated, images, real)
         if classifier is not None:
             by_name = {**generated, "real": real["images"], "reconstruction": recon}
             metrics |= faithfulness_report(classifier, by_name, images, real)
@@ -121,12 +134,32 @@ class GenerationReport:
         metrics["diversity"], same = self.diversity(prior, tokenizer, captions)
         metrics |= self.likelihoods(prior, z.to(device_of(prior)), captions, held)
         metrics["provenance"] = provenance(self.seed)
-        pictures = Pictures(captions, real["images"], generated, same)
+        pictures = Pictures(captions, real["images"], generated, same, nearest)
         figures = headlines(metrics, str(self.guidance))
         metrics["figures"] = [vars(figure) for figure in figures]
         written = page(metrics, pictures, str(self.guidance)).write(run_dir / "generation", metrics)
         print("\n".join([f"generation report: {written}", *map(str, figures)]), flush=True)
         return written
+
+    def neighbours(
+        self,
+        prior: Prior,
+        tokenizer: LatentSpace,
+        features: dict[str, Features],
+        generated: dict[str, Tensor],
+        images: ImageDataModule,
+        real: dict[str, Any],
+    ) -> tuple[dict[str, Any], Tensor]:
+        """`neighbour_report` in the best features there are; as many captions of training pictures, at most 250."""
+        name, extract = list(features.items())[-1]
+        train = draw_training(images, min(len(real["images"]), SEEN), self.seed)
+        train, captions = askable(prior.words.ask, train)
+        seen = {str(w): self.sample(prior, tokenizer, captions, w).images for w in self.guidances}
+        bank = Bank.of(extract, images, real, self.seed)
+        figures, nearest = neighbour_report(
+            extract, bank, generated, real, (seen, list(map(shortest, train["captions"])))
+        )
+        return {"features": name, **figures}, nearest
 
     def likelihoods(self, prior: Prior, z: Tensor, captions: list[str], held: dict[str, Any]) -> dict[str, Any]:
         """What the prior makes of held-out lines z (N,K,C): `nll`, `classification_by_likelihood`, `captioning`."""

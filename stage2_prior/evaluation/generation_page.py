@@ -23,6 +23,7 @@ class Pictures:
     real: Tensor  # (N,3,H,W) held-out pictures
     generated: dict[str, Tensor]  # guidance -> (N,3,H,W)
     same: Tensor  # (n,seeds,3,H,W) of the first n different captions
+    nearest: Tensor  # (N,3,H,W) training pictures nearest to those of the largest guidance
 
 
 def page(metrics: Mapping[str, Any], pictures: Pictures, guidance: str) -> Report:
@@ -32,7 +33,9 @@ def page(metrics: Mapping[str, Any], pictures: Pictures, guidance: str) -> Repor
     if "faithfulness" in metrics:
         _faithfulness_table(report, metrics)
     _distribution_table(report, metrics)
-    report.table(*distance_table(metrics["distances"]))
+    for distances in (value for name, value in metrics.items() if name.startswith("distances")):
+        report.table(*distance_table(distances))
+    _neighbour_table(report, metrics["neighbours"])
     report.section("Curves")
     _curves(report, metrics, guidance)
     _left_out(report, metrics)
@@ -100,6 +103,20 @@ def _distribution_table(report: Report, metrics: Mapping[str, Any]) -> None:
     report.table("Distribution, by guidance", columns, rows, note + "samples over data.")
 
 
+def _neighbour_table(report: Report, figures: Mapping[str, Any]) -> None:
+    rows = [
+        [name, *(f"{figures[key][name]:.3f}" for key in ("recognised_seen", "recognised", "nearer_to_training"))]
+        for name in figures["recognised"]
+    ]
+    columns = ["guidance", "recognised, training captions", "recognised, held-out captions", "nearer to training"]
+    note = (
+        f"In {figures['features']} features. Recognised: the nearest real picture has the shortest caption that was "
+        f"asked for ({figures['n_seen']} captions of training pictures, {figures['n']} held-out ones). Nearer to "
+        "training: than the median held-out picture is to its nearest training picture; 0.5 copies nothing."
+    )
+    report.table("Nearest real pictures", columns, rows, note)
+
+
 def distance_table(distances: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]], str]:
     """Heading, columns, rows and note of all Frechet distances to held-out pictures."""
     parts = [(f"all {distances['n']} captions", "paired", distances)]
@@ -124,7 +141,7 @@ def distance_table(distances: Mapping[str, Any]) -> tuple[str, list[str], list[l
             " Below, both are of other pictures with the same captions, as generated ones are: only there like is"
             " compared with like."
         )
-    return "Fréchet distances to held-out pictures", columns, rows, note
+    return f"Fréchet distances to held-out pictures, {distances['features']}", columns, rows, note
 
 
 def _curves(report: Report, metrics: Mapping[str, Any], guidance: str) -> None:
@@ -160,6 +177,11 @@ def _grids(report: Report, reading: Mapping[str, Any], pictures: Pictures) -> No
     sets = [pictures.real, *pictures.generated.values()]
     rows = [(c, [x[captions.index(c)][None] for x in sets]) for c in different[:SHOWN]]
     report.grid("Captions by guidance", columns, rows)
+    last = sets[-1]
+    beside = [
+        (c, [last[captions.index(c)][None], pictures.nearest[captions.index(c)][None]]) for c in different[:SHOWN]
+    ]
+    report.grid("Nearest training picture", [columns[-1], "nearest training picture"], beside)
     if reading:
         read = zip(reading["examples"], pictures.real.split(1), strict=False)
         report.grid("Captions read out", ["held-out picture"], [(caption, [picture]) for caption, picture in read])

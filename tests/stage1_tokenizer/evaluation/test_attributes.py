@@ -33,3 +33,12 @@ def test_a_value_never_seen_is_never_right() -> None:
     unknown = slots.targets([scene("center", "cross"), scene("above", "star", "circle")])
     assert unknown[0, slots.names.index("object1.shape")] == -1
     assert (unknown[1] == -1).all(), "a second object has no slot here"
+
+
+def test_attributes_without_objects_are_slots_as_they_are() -> None:
+    rows = [{"style": "flat", "tone": "dark"}, {"style": "round"}, {"style": "flat", "number": 3}]
+    slots = Slots.of_scenes(rows)
+    assert slots.classes == {"style": ["flat", "round"], "tone": ["", "dark"]}
+    assert slots.targets(rows).tolist() == [[0, 1], [1, 0], [0, 0]]
+    assert slots.targets([{"style": "engraved", "tone": "dark"}]).tolist() == [[-1, 1]], "never right"
+    assert slots.targets([{"style": "flat", "hair": "red"}]).tolist() == [[-1, -1]], "something that no slot can name"
