@@ -17,6 +17,7 @@ from .heads.ddpm import (
     DDIM as DDIM,
     DDPM as DDPM,
     DataTarget as DataTarget,
+    NextLevelTarget as NextLevelTarget,
     NoiseTarget as NoiseTarget,
     VelocityTarget as VelocityTarget,
 )
@@ -24,6 +25,7 @@ from .heads.diffusion import DiffusionHead as DiffusionHead
 from .heads.flow import (
     CleanOutput as CleanOutput,
     FlowHead as FlowHead,
+    NextLevelOutput as NextLevelOutput,
     NoiseOutput as NoiseOutput,
     VelocityOutput as VelocityOutput,
 )

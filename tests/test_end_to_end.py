@@ -46,7 +46,7 @@ def stage2(*args: str) -> None:
 VARIANTS = sorted(p.stem for p in (CONFIGS / "variants").glob("*.yaml") if not p.stem.startswith("prior_"))
 EXTRA = {v: ["--model.adversarial.init_args.start_step=1"] for v in ("adversarial", "adversarial_decoder")}
 SAME_PARTS = (*EXTRA, "no_linear_path")  # other training, or a part that the demo has not
-FROZEN = ("flow_decoder", "adversarial_decoder")  # variants that tune the decoder of a run
+FROZEN = ("flow_decoder", "flow_decoder_64", "adversarial_decoder")  # variants that tune the decoder of a run
 
 
 @pytest.fixture(scope="module")

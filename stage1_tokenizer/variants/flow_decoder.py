@@ -46,6 +46,9 @@ class FlowDecoder(Decoder):
         steps: midpoint steps of sampling; each costs two evaluations of the network.
         time_mean: mean of logit(t) in training at 32 pixels; larger sizes add log(size / 32).
         floor: smallest t in the loss's denominator.
+        coarsest: side from which the error is counted at every doubling up to `image_size`, each weighted by 1 / side
+            (Hoogeboom et al. 2023, section 3.3): fine detail is most of a large picture's error and the least of what
+            a decoder must get right. None: at full size alone.
         base: also see the linear path's reconstruction, and say the clean image as a correction to it. The tokenizer
             must have a linear path.
         checkpointing: compute blocks again in the backward pass instead of keeping their activations.
@@ -65,6 +68,7 @@ class FlowDecoder(Decoder):
         steps: int = 4,
         time_mean: float = 0.0,
         floor: float = 0.1,
+        coarsest: int | None = None,
         base: bool = False,
         checkpointing: bool = False,
     ):
@@ -72,6 +76,13 @@ class FlowDecoder(Decoder):
         training_only(self, "checkpointing")
         if steps < 1 or not 0 < floor < 1:
             raise ValueError(f"got steps {steps}, floor {floor}; want at least 1 step and a floor within (0, 1).")
+        self.sides = [
+            image_size >> i for i in range(image_size.bit_length()) if image_size >> i >= (coarsest or image_size)
+        ]
+        if coarsest is not None and coarsest not in self.sides:
+            raise ValueError(
+                f"got coarsest {coarsest} for pictures of {image_size}, want the side over a power of two."
+            )
         self.image_size, self.patch_size, self.num_latents = image_size, patch_size, num_latents
         self.steps, self.floor = steps, floor
         self.time_mean = time_mean + math.log(image_size / REFERENCE_SIZE)
@@ -124,8 +135,13 @@ class FlowDecoder(Decoder):
         tt = t[:, None, None, None]
         x_t = interpolate(images, torch.randn_like(images), tt)
         x = self(x_t, t, self.tokens(z, keep_mask), base)
-        error = (x - images).square().mean((1, 2, 3)) / t.clamp_min(self.floor).square()
-        return x, error
+        return x, self.error(x - images) / t.clamp_min(self.floor).square()
+
+    def error(self, difference: Tensor) -> Tensor:
+        """(B,3,H,W) -> (B,) its mean square, averaged over `sides`, each weighted by 1 / side."""
+        weights = [1 / side for side in self.sides]
+        errors = [F.adaptive_avg_pool2d(difference, side).square().mean((1, 2, 3)) for side in self.sides]
+        return sum((w * e for w, e in zip(weights, errors, strict=True)), torch.zeros_like(errors[0])) / sum(weights)
 
     def decode(
         self, z: Tensor, keep_mask: Tensor, base: Tensor | None = None, generator: torch.Generator | None = None

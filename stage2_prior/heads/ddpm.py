@@ -8,8 +8,8 @@ returns (measured: samples of 250 to 450 standard deviations on the demo's laten
 still holds a hundredth of the data costs 1e-4 of the variance.
 
 A *denoiser* is `x = denoise(x_t, t)`, the expected data; the samplers walk a grid of times down from 1 to 0 with it.
-Three targets describe one network answer: noise, data, or v = alpha noise - sigma x (Salimans & Ho 2022). The first
-divides by alpha: at t near 1 it blows an error up a hundredfold, which is why ODE steps on a noise target need many.
+Targets describe one network answer: noise, data, v = alpha noise - sigma x (Salimans & Ho 2022), the next noise level.
+The first divides by alpha: at t near 1 it blows an error up a hundredfold; ODE steps on a noise target are many.
 
 Letters: M rows, C channels.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.spec import Spec
+from stage2_prior.heads.chain import Step, level_below, step
 from stage2_prior.heads.solvers import Field, Grid, SamplerError, Solver
 
 OFFSET = 0.008
@@ -44,34 +45,62 @@ def alpha_sigma_at(t: float) -> tuple[float, float]:
 class NoiseTarget(Spec, nn.Module):
     """The network answers with the noise (MAR)."""
 
-    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def target(self, x: Tensor, noise: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """What the network is asked for at x_t = alpha x + sigma noise; x, noise (...,C), t (...,1)."""
         return noise
 
-    def data(self, x_t: Tensor, answer: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    def data(self, x_t: Tensor, answer: Tensor, t: float) -> Tensor:
+        """The data that the answer implies."""
+        alpha, sigma = alpha_sigma_at(t)
         return (x_t - sigma * answer) / alpha
 
 
 class DataTarget(Spec, nn.Module):
     """The network answers with the data."""
 
-    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def target(self, x: Tensor, noise: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return x
 
-    def data(self, x_t: Tensor, answer: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    def data(self, x_t: Tensor, answer: Tensor, t: float) -> Tensor:
         return answer
 
 
 class VelocityTarget(Spec, nn.Module):
     """The network answers with v = alpha noise - sigma x."""
 
-    def target(self, x: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def target(self, x: Tensor, noise: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        alpha, sigma = alpha_sigma(t)
         return alpha * noise - sigma * x
 
-    def data(self, x_t: Tensor, answer: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    def data(self, x_t: Tensor, answer: Tensor, t: float) -> Tensor:
+        alpha, sigma = alpha_sigma_at(t)
         return alpha * x_t - sigma * answer
 
 
-Target = NoiseTarget | DataTarget | VelocityTarget
+class NextLevelTarget(Spec, nn.Module):
+    """The network answers with the next cleaner of `levels` noise levels, as it was drawn: see `heads.chain`.
+
+    Sample with `DDPM(levels)`, whose steps undo what the answer's way to the data blows up.
+    """
+
+    def __init__(self, levels: int = 100):
+        super().__init__()
+        if levels < 1:
+            raise SamplerError(f"got levels={levels}, wanted at least 1 noise level.")
+        self.levels = levels
+
+    def step(self, t: Tensor) -> Step:
+        return step(*alpha_sigma(t), *alpha_sigma(level_below(t, self.levels)))
+
+    def target(self, x: Tensor, noise: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        alpha, sigma = alpha_sigma(t)
+        return self.step(t).sample(x, alpha * x + sigma * noise, generator)
+
+    def data(self, x_t: Tensor, answer: Tensor, t: float) -> Tensor:
+        return self.step(torch.tensor(t, dtype=torch.float64, device=x_t.device)).data_from_mean(x_t, answer)
+
+
+Target = NoiseTarget | DataTarget | VelocityTarget | NextLevelTarget
 
 
 def ddim(denoise: Field, x: Tensor, grid: Grid) -> Tensor:

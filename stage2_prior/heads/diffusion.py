@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stage1_tokenizer.flow import stratified_uniform
 from stage2_prior.heads.base import SolverHead
-from stage2_prior.heads.ddpm import DDPM, NoiseTarget, Target, alpha_sigma, alpha_sigma_at
+from stage2_prior.heads.ddpm import DDPM, NoiseTarget, Target, alpha_sigma
 from stage2_prior.heads.nets import HeadNet
 from stage2_prior.heads.solvers import Solver
 
@@ -50,8 +50,8 @@ class DiffusionHead(SolverHead):
         noise = torch.randn(self.draws, *x.shape, generator=generator, device=x.device)  # (S,M,C)
         x_t = alpha * x + sigma * noise
         answer = self.net(x_t, self.net.time(t), self.net.condition(cond)).float()  # (S,M,C)
-        loss = (answer - self.target.target(x, noise, alpha, sigma)).square()
+        loss = (answer - self.target.target(x, noise, t.unsqueeze(-1), generator)).square()
         return loss.mean(dim=(0, -1))  # (M,)
 
     def field(self, x: Tensor, answer: Tensor, t: float) -> Tensor:
-        return self.target.data(x, answer, *alpha_sigma_at(t))
+        return self.target.data(x, answer, t)

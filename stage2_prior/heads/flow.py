@@ -8,7 +8,8 @@ Choices, with reasons:
 * t is logit-normal and stratified over a latent's draws: most of what a field must learn is at middle times, and
   strata halve the noise of the loss for nothing.
 * The path, the loss and the solver are float32; only matrix products may be bfloat16 (autocast of the caller).
-* What the network answers with is one thing (`output`), what is learned another: the loss is on v in any case.
+* What the network answers with is one thing (`output`), what is learned another: the loss is on v, but for
+  `NextLevelOutput`.
 
 Letters: M rows, C latent channels, D condition width, S draws of t, G groups of s rows that share their draws.
 """
@@ -19,33 +20,68 @@ from torch import Tensor, nn
 from stage1_tokenizer.flow import interpolate, logit_normal_times, v_from_noise, v_from_x, velocity
 from stage1_tokenizer.spec import Spec
 from stage2_prior.heads.base import HeadError, SolverHead
+from stage2_prior.heads.chain import Step, level_below, step
 from stage2_prior.heads.nets import HeadNet
 from stage2_prior.heads.solvers import Midpoint, Solver
 from stage2_prior.likelihood import half_step_times, ode_log_prob
+
+LEAST_TIME = (
+    1e-3  # of a conversion that no loss goes through, so that nothing is learned that would make up for a floor
+)
 
 
 class VelocityOutput(Spec, nn.Module):
     """The network's answer is v itself."""
 
     def forward(self, x_t: Tensor, answer: Tensor, t: Tensor | float) -> Tensor:
+        """The velocity that an answer (...,C) at x_t and t implies."""
         return answer
 
+    def error(
+        self, x: Tensor, noise: Tensor, answer: Tensor, t: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """What is minimised, (...,C), of answers at (1 - t) x + t noise; t (...,1)."""
+        return (self(interpolate(x, noise, t), answer, t) - velocity(x, noise)).square()
 
-class CleanOutput(Spec, nn.Module):
+
+class CleanOutput(VelocityOutput):
     """The network's answer is the data; v follows by the path's algebra."""
 
     def forward(self, x_t: Tensor, answer: Tensor, t: Tensor | float) -> Tensor:
         return v_from_x(x_t, answer, t)
 
 
-class NoiseOutput(Spec, nn.Module):
+class NoiseOutput(VelocityOutput):
     """The network's answer is the noise; v follows by the path's algebra."""
 
     def forward(self, x_t: Tensor, answer: Tensor, t: Tensor | float) -> Tensor:
         return v_from_noise(x_t, answer, t)
 
 
-Output = VelocityOutput | CleanOutput | NoiseOutput
+class NextLevelOutput(VelocityOutput):
+    """The network's answer is the next cleaner of `levels` noise levels, and the loss is on that: see `heads.chain`."""
+
+    def __init__(self, levels: int = 10):
+        super().__init__()
+        if levels < 1:
+            raise HeadError(f"got levels={levels}, wanted at least 1 noise level.")
+        self.levels = levels
+
+    def step(self, t: Tensor) -> Step:
+        s = level_below(t, self.levels)
+        return step(1 - t, t, 1 - s, s)
+
+    def forward(self, x_t: Tensor, answer: Tensor, t: Tensor | float) -> Tensor:
+        at = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).clamp(min=LEAST_TIME)
+        return v_from_x(x_t, self.step(at).data_from_mean(x_t, answer), at, floor=LEAST_TIME)
+
+    def error(
+        self, x: Tensor, noise: Tensor, answer: Tensor, t: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return (answer - self.step(t).sample(x, interpolate(x, noise, t), generator)).square()
+
+
+Output = VelocityOutput | CleanOutput | NoiseOutput | NextLevelOutput
 
 
 class FlowHead(SolverHead):
@@ -53,7 +89,7 @@ class FlowHead(SolverHead):
 
     Args:
         net: the network, with latent width C and condition width D.
-        output: what the network's answer means; the loss is on the velocity in any case.
+        output: what the network's answer means, and with it the loss.
         solver: default solver of `sample` (None: midpoint x 4).
         draws: draws of t per latent and step.
         time_mean, time_std: of logit(t); a larger mean trains more at high noise.
@@ -94,8 +130,7 @@ class FlowHead(SolverHead):
         x_t = interpolate(x, noise, t.unsqueeze(-1))  # (S,G,s,C)
         condition = self.net.condition(cond).unflatten(0, groups)  # (G,s,·)
         answer = self.net(x_t, self.net.time(t), condition).float()  # (S,G,s,C)
-        v = self.output(x_t, answer, t.unsqueeze(-1))
-        return (v - velocity(x, noise)).square().mean(dim=(0, -1)).flatten()  # (M,)
+        return self.output.error(x, noise, answer, t.unsqueeze(-1), generator).mean(dim=(0, -1)).flatten()  # (M,)
 
     def field(self, x: Tensor, answer: Tensor, t: float) -> Tensor:
         return self.output(x, answer, t)

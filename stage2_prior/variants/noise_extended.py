@@ -1,9 +1,9 @@
 """The noise-extended prior: the diffusion of every latent inside the one transformer, without a head.
 
 Each latent is followed, in its own place, by copies of itself at random noise levels, and the transformer answers every
-copy with its velocity. A copy of latent i sees the caption, the clean latents before i, and itself; clean latents see
-clean ones only (orders.noise_extended_mask). So the clean stream is an ordinary causal transformer, whose cache serves
-all copies, and later text or latents never meet noise.
+copy with its velocity, or with what `output` makes one of. A copy of latent i sees caption, the clean latents before
+i, and itself; clean latents see clean ones only (orders.noise_extended_mask). So the clean stream is an ordinary causal
+transformer, whose cache serves all copies, and later text or latents never meet noise.
 
 Most of that mask is empty, so that training on CUDA runs FlexAttention, which skips empty blocks. Elsewhere the mask is
 dense: FlexAttention has no backward on a CPU, and no forward mode, which the likelihood asks for.
@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.flow import interpolate, logit_normal_times, velocity
+from stage1_tokenizer.flow import interpolate, logit_normal_times
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
 from stage2_prior.base import Prior
 from stage2_prior.conditions import WORD_STD, Condition, TrainingData, words_of
 from stage2_prior.heads.base import refuse_symbols
+from stage2_prior.heads.flow import Output, VelocityOutput
 from stage2_prior.heads.nets import TIME_FEATURES, time_features
 from stage2_prior.heads.solvers import Midpoint, Solver, check_solver
 from stage2_prior.latent_space import PriorError
@@ -45,6 +46,8 @@ class NoiseExtendedPrior(Prior):
         backbone: transformer with room for the caption's tokens and the K latents (a copy has its latent's position).
         copies: noise levels per latent and training step.
         solver: of `sample` (None: midpoint x 4).
+        output: what the answer to a copy means, and with it the loss (None: its velocity): `CleanOutput`, the original;
+            `NextLevelOutput`, the next copy of a chain.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class NoiseExtendedPrior(Prior):
         copies: int = 2,
         solver: Solver | None = None,
         condition: Condition | None = None,
+        output: Output | None = None,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
         if copies < 1:
@@ -70,6 +74,7 @@ class NoiseExtendedPrior(Prior):
         self.backbone, self.copies = backbone, copies
         self.solver: Solver = Midpoint() if solver is None else solver
         check_solver(self.solver, "velocity", type(self).__name__)
+        self.output: Output = VelocityOutput() if output is None else output
         width = backbone.width
         self.words = words
         self.latent_in = decayed(nn.Linear(latent_dim, width))
@@ -87,6 +92,10 @@ class NoiseExtendedPrior(Prior):
 
     def velocities(self, z: Tensor, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
         """Velocity of copies x_t (B,S,K,C) at t (B,S,K), all at once, given the clean line z (B,K,C) -> (B,S,K,C)."""
+        return self.output(x_t, self.answers(z, x_t, t, text), t[..., None])
+
+    def answers(self, z: Tensor, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        """What `output` makes a velocity of; arguments and shape as `velocities`."""
         copies, n_words, k = x_t.shape[1], text.ids.shape[1], self.num_latents
         noisy = self.copy_tokens(x_t, t).flatten(1, 2)  # (B,S K,D)
         x = torch.cat([self.words(text.ids), self.latent_in(z.float()), noisy], dim=1)  # (B,L+K+S K,D)
@@ -102,8 +111,8 @@ class NoiseExtendedPrior(Prior):
         t = t.unflatten(1, (len(z), k)).transpose(0, 1)  # (B,S,K)
         noise = torch.randn(len(z), s, k, self.latent_dim, generator=generator, device=z.device)
         x_t = interpolate(z[:, None], noise, t[..., None])  # (B,S,K,C)
-        v = self.velocities(z, x_t, t, self.drop_captions(text, generator))
-        return (v - velocity(z[:, None], noise)).square().mean(dim=(1, -1))  # (B,K)
+        answer = self.answers(z, x_t, t, self.drop_captions(text, generator))
+        return self.output.error(z[:, None], noise, answer, t[..., None], generator).mean(dim=(1, -1))  # (B,K)
 
     def draw(self, ask: Request) -> Tensor:
         solver = self.chosen(ask.steps, ask.solver)
@@ -135,8 +144,9 @@ class NoiseExtendedPrior(Prior):
                 active = rows if guided else m
                 token = self.copy_tokens(x, torch.full((m,), t, device=device)).repeat(active // m, 1)[:, None]
                 h = self.backbone(token, positions[at : at + 1], sees[:active], cache.keep_rows(active))[:, 0]
-                v = self.out(h).float()  # the copy's keys stay behind the cache's length and are overwritten
-                return torch.lerp(v[m:], v[:m], scales[i]) if guided else v
+                answer = self.out(h).float()  # the copy's keys stay behind the cache's length and are overwritten
+                answer = torch.lerp(answer[m:], answer[:m], scales[i]) if guided else answer
+                return self.output(x, answer, t)
 
             noise = torch.randn(m, self.latent_dim, generator=ask.generator, device=device) * ask.temperature
             line.append(solver(field, noise, ask.generator, ask.temperature))

@@ -40,3 +40,23 @@ def test_larger_pictures_are_trained_at_more_noise_by_their_side(size: int, fact
 def test_the_shift_comes_on_top_of_the_mean_that_is_asked_for() -> None:
     t = training_times(small(64, time_mean=-1.0))
     assert (t / (1 - t)).log().mean().exp().item() == pytest.approx(2 / torch.tensor(1.0).exp().item(), rel=0.08)
+
+
+def test_errors_are_counted_at_every_scale_by_one_over_its_side() -> None:
+    at = torch.arange(64)
+    flat, fine = torch.ones(2, 3, 64, 64), ((at[:, None] + at) % 2 * 2.0 - 1).expand(2, 3, -1, -1)
+    plain, scales = small(64), small(64, coarsest=16)
+    assert plain.sides == [64] and scales.sides == [64, 32, 16]
+    for decoder in (plain, scales):
+        torch.testing.assert_close(decoder.error(flat), torch.ones(2))  # the same at every scale
+    torch.testing.assert_close(plain.error(fine), torch.ones(2))
+    share = (1 / 64) / (1 / 64 + 1 / 32 + 1 / 16)
+    torch.testing.assert_close(scales.error(fine), torch.full((2,), share))  # seen at full size only
+    blocks = fine.repeat_interleave(2, -1).repeat_interleave(2, -2)[..., :64, :64]
+    torch.testing.assert_close(scales.error(blocks), torch.full((2,), 3 * share))
+
+
+@pytest.mark.parametrize("coarsest", [24, 0, 128])
+def test_a_coarsest_side_that_is_no_half_of_a_half_is_refused(coarsest: int) -> None:
+    with pytest.raises(ValueError, match=f"coarsest {coarsest} for pictures of 64"):
+        small(64, coarsest=coarsest)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.flow import logit_normal_times
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 from stage2_prior import Prior
 from stage2_prior.backbone import Backbone
 from stage2_prior.guidance import Guidance, RisingGuidance
-from stage2_prior.heads.flow import FlowHead
+from stage2_prior.heads.flow import CleanOutput, FlowHead, NextLevelOutput, Output, VelocityOutput
 from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.heads.solvers import Midpoint
 from stage2_prior.orders import (
@@ -26,9 +27,9 @@ from stage2_prior.variants.noise_extended import NoiseExtendedPrior
 from tests.small_priors import CAPTIONS, C, D, K, awake, parts
 
 
-def noise_extended() -> NoiseExtendedPrior:
+def noise_extended(output: Output | None = None) -> NoiseExtendedPrior:
     vocabulary, backbone, _ = parts()
-    prior = awake(NoiseExtendedPrior(K, C, vocabulary, backbone))
+    prior = awake(NoiseExtendedPrior(K, C, vocabulary, backbone, output=output))
     assert isinstance(prior, NoiseExtendedPrior)
     return prior
 
@@ -98,14 +99,25 @@ def test_a_copy_sees_earlier_clean_latents_and_itself_and_nothing_else() -> None
 
 
 @pytest.mark.parametrize(
-    "guidance", [1.0, 3.0, RisingGuidance(3.0), Guidance(3.0, low=0.2, high=0.6)], ids=["1", "3", "rising", "interval"]
+    ("guidance", "output"),
+    [
+        (1.0, None),
+        (3.0, None),
+        (RisingGuidance(3.0), None),
+        (Guidance(3.0, low=0.2, high=0.6), None),
+        (3.0, CleanOutput()),
+        (3.0, NextLevelOutput(4)),
+    ],
+    ids=["1", "3", "rising", "interval", "clean", "next level"],
 )
-def test_noise_extended_sampling_with_the_cache_equals_the_parallel_forward(guidance: float | Guidance) -> None:
+def test_noise_extended_sampling_with_the_cache_equals_the_parallel_forward(
+    guidance: float | Guidance, output: Output | None
+) -> None:
     """The velocities that the solver was given, against those of the finished line at once.
 
     The unconditional ones are of the same line: twins share every sampled latent.
     """
-    prior = noise_extended()
+    prior = noise_extended(output)
     asked: list[tuple[Tensor, float, Tensor]] = []
 
     class Recording(Midpoint):
@@ -130,7 +142,25 @@ def test_noise_extended_sampling_with_the_cache_equals_the_parallel_forward(guid
     low, high = schedule.interval
     w = torch.where((t >= low) & (t <= high), torch.tensor(schedule.scales(K)), 1.0)[..., None]
     found = torch.stack([v for _, _, v in asked], 1).unflatten(1, (K, calls)).transpose(1, 2)
-    torch.testing.assert_close(found, v_u + w * (v_c - v_u), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, v_u + w * (v_c - v_u), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("output", [VelocityOutput(), NextLevelOutput(4)])
+def test_the_loss_of_a_copy_is_that_of_its_output(output: Output) -> None:
+    """A transformer that answers with zeros: what is left is the target's own size, known for latents of one value."""
+    prior = noise_extended(output)
+    torch.nn.init.zeros_(prior.out.weight)
+    z, text = torch.full((64, K, C), 2.0), prior.encode_text(CAPTIONS[:1] * 64)
+    with torch.no_grad():
+        loss = prior.losses(z, text, torch.Generator().manual_seed(1)).mean().item()
+    t = logit_normal_times(100_000, 1, device=z.device, generator=torch.Generator().manual_seed(2))[0]
+    at = NextLevelOutput(4).step(t)
+    wanted = {
+        VelocityOutput: 5.0,  # (noise - 2)^2
+        NextLevelOutput: (2 * (at.data + at.noisy * (1 - t))).square().mean()
+        + ((at.noisy * t).square() + at.variance).mean(),
+    }
+    assert loss == pytest.approx(float(wanted[type(output)]), rel=0.05)
 
 
 def test_noisy_copies_stay_float32_under_autocast() -> None:
