@@ -18,6 +18,7 @@ A lit module for this command line has: `networks` (nn.Module, what EMA averages
 below `folder`) and `load_export(run_dir)` (load it from there). It is given `run_dir` and `stage_dir` (Path) first.
 """
 
+import json
 import os
 import sys
 import traceback
@@ -89,8 +90,8 @@ class UnspoolCLI(LightningCLI):
         self.stage, self.default_classes = stage, {"model": model_class, "data": datamodule_class}
         self.callbacks = callbacks
         args = with_files(sys.argv[1:] if args is None else args, stage)
-        word = next(iter(args), "")
-        ShortErrorParser.command = f"{prog} {word}" if word in self.subcommands() else prog
+        self.word = next(iter(args), "")
+        ShortErrorParser.command = f"{prog} {self.word}" if self.word in self.subcommands() else prog
         super().__init__(
             model_class,
             pl.LightningDataModule,
@@ -106,15 +107,20 @@ class UnspoolCLI(LightningCLI):
             auto_configure_optimizers=False,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # called through the object only
+        """The commands, with the arguments that are ours to give; where one was typed, its parser is the only one."""
         skip = {"model", "datamodule", "dataloaders", "ckpt_path", "weights_only", "verbose"}
-        return {
+        commands = {
             "fit": skip | {"train_dataloaders", "val_dataloaders"},
             "validate": skip,
             "test": skip,
             "predict": skip | {"return_predictions"},
         }
+        return {self.word: commands[self.word]} if self.word in commands else commands
+
+    def _dump_config(self) -> None:
+        """Plain values for a module that calls `save_hyperparameters`; Lightning's dump is a tenth of a start."""
+        self.config_dump = json.loads(json.dumps(self.config[self.subcommand].as_dict(), default=str))
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)

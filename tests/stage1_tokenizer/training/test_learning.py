@@ -11,7 +11,7 @@ from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 from tests.same_numbers import build
 
-STEPS, BATCH = 150, 32
+STEPS, BATCH = 150, 16
 
 
 def scenes(start: int, stop: int) -> Tensor:
