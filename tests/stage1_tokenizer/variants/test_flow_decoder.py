@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.decoder import Decoder, ViTDecoder
+from stage1_tokenizer.prefixes import keep_mask
+from stage1_tokenizer.variants.convolutional import ConvDecoder
 from stage1_tokenizer.variants.flow_decoder import FlowDecoder
-from tests.tiny import C, K
+from tests.tiny import SIZE, WIDTH, C, K, pictures
 
 
 def small(size: int, **options: float) -> FlowDecoder:
@@ -60,3 +63,56 @@ def test_errors_are_counted_at_every_scale_by_one_over_its_side() -> None:
 def test_a_coarsest_side_that_is_no_half_of_a_half_is_refused(coarsest: int) -> None:
     with pytest.raises(ValueError, match=f"coarsest {coarsest} for pictures of 64"):
         small(64, coarsest=coarsest)
+
+
+def decoders() -> dict[str, Decoder]:
+    return {
+        "vit": ViTDecoder(SIZE, 4, K, C, WIDTH, 1, 2, tail_channels=8, tail_depth=1),
+        "convolutions": ConvDecoder(SIZE, K, C, (8, 16), (1, 1), WIDTH),
+        "flow": FlowDecoder(SIZE, 4, K, C, WIDTH, 1, 2, tail_channels=8, tail_depth=1),
+    }
+
+
+def test_flow_decoder_draws_what_the_latents_say_and_either_picture_where_they_say_nothing() -> None:
+    decoder = decoders()["flow"]
+    z = torch.randn(2, K, C).repeat_interleave(32, 0)
+    images = pictures(2).repeat_interleave(32, 0)
+    told, untold = (keep_mask(torch.full((64,), k), K) for k in (K, 0))
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=5e-3)
+    for step in range(300):
+        loss = decoder.losses(z, told if step % 2 else untold, images)[1].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def share_nearer_to_the_right_one(keep: torch.Tensor) -> float:
+        drawn = decoder.decode(z, keep, generator=torch.Generator().manual_seed(0))
+        right, wrong = (drawn - images).square().mean((1, 2, 3)), (drawn - images.flip(0)).square().mean((1, 2, 3))
+        assert (torch.minimum(right, wrong) < 0.35 * torch.maximum(right, wrong)).float().mean() > 0.8, "no averages"
+        return (right < wrong).float().mean().item()
+
+    assert share_nearer_to_the_right_one(told) == 1.0
+    assert 0.2 < share_nearer_to_the_right_one(untold) < 0.8
+
+
+def test_flow_decoder_corrects_the_linear_path_where_it_is_told_to() -> None:
+    torch.manual_seed(2)
+    decoder = FlowDecoder(SIZE, 4, K, C, WIDTH, 1, 2, tail_channels=8, tail_depth=1, base=True)
+    plain = decoders()["flow"]
+    z, keep, base = torch.randn(3, K, C), torch.ones(3, K, dtype=torch.bool), pictures(3)
+    x_t, t = torch.randn(3, 3, SIZE, SIZE), torch.full((3,), 0.5)
+    tokens = decoder.tokens(z, keep)
+    change = decoder(x_t, t, tokens, base + 0.1) - decoder(x_t, t, tokens, base)
+    assert (change.mean() - 0.1).abs() < 0.05, "the base comes through"
+
+    def draw(d: FlowDecoder, base: torch.Tensor | None) -> torch.Tensor:
+        with torch.no_grad():
+            return d.decode(z, keep, base, generator=torch.Generator().manual_seed(0))
+
+    assert isinstance(plain, FlowDecoder) and torch.equal(draw(plain, base), draw(plain, None))
+    assert not torch.equal(draw(decoder, base), draw(decoder, base.flip(0)))
+    decoder.losses(z, keep, pictures(3), base)[1].mean().backward()
+    assert decoder.base is not None and decoder.base.weight.grad is not None and decoder.base.weight.grad.any()
+    with pytest.raises(ValueError, match="linear_path"):
+        decoder.decode(z, keep)

@@ -32,3 +32,12 @@ def test_encoding_has_no_noise() -> None:
     mean, std = bottleneck.posterior(h)
     assert torch.equal(mean, bottleneck.posterior(h)[0]) and not std.any()
     assert (bottleneck(h)[0] - mean).abs().max() > 0.01  # control
+
+
+def test_noise_is_for_training_only() -> None:
+    bottleneck = NoiseBottleneck(WIDTH, K, C)
+    h = torch.randn(2, K, WIDTH)
+    assert (bottleneck(h)[0] - bottleneck(h)[0]).abs().max() > 0.01
+    mean, std = bottleneck.posterior(h)
+    assert not std.any() and torch.equal(mean, bottleneck.posterior(h)[0])
+    torch.testing.assert_close(mean.var(-1, correction=0), torch.ones(2, K), atol=1e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""What a prior can do beside sampling: caption a line, classify by likelihood, distil its solver."""
+"""A prior that also reads captions out, and a solver distilled for it."""
 
 from pathlib import Path
 

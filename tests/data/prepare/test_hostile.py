@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from data.__main__ import main
-from data.pictures.decode import SOURCE_FORMATS, PictureError, check_png, decode
 from data.prepare.quality import clean_caption
-from data.reading.datamodule import ImageDataModule
-from data.reading.streaming import StreamDataModule
-from data.schema import DataError
 from data.sources.open import SourceConfig
 from tests.data_samples import dropped_in, encoded, flickr_folder, photo, prepared, records_in, tar_of
 
@@ -82,17 +76,6 @@ def test_keep_lets_no_bad_picture_through(tmp_path: Path) -> None:
     assert manifest["dropped"] == {"unreadable": 1} and list(records_in(tmp_path / "out")) == ["001_ab"]
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_decode_refuses_with_a_reason(name: str) -> None:
-    content, reason = BAD_PICTURES[name]
-    if reason == "animated" or name == "lying.png":  # `prepare` refuses these; a reader takes what is there
-        assert decode(content, SOURCE_FORMATS).mode == "RGB"
-        return
-    with pytest.raises(PictureError) as caught:
-        decode(content)
-    assert caught.value.reason == reason
-
-
 BAD_CAPTIONS: dict[str, tuple[bytes, str | None]] = {
     "nul": (b"a dog\x00 runs", "a dog runs"),
     "utf8": (b"a caf\xe9 and \xff\xfe dogs", "a caf and dogs"),
@@ -130,117 +113,9 @@ def test_bad_captions_are_repaired_or_counted(tmp_path: Path, layout: str) -> No
     assert {("megabyte", "caption too long"), ("spaces", "caption empty")} <= set(dropped_in(tmp_path / "out"))
 
 
-def test_only_lying_pngs_are_called_so() -> None:
-    """Every depth and colour type that PIL writes, and an interlaced one, has the rows that its header says."""
-    picture = photo(1, 37, 23)
-    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        check_png(encoded(picture.convert("L" if mode == "I;16" else mode).convert(mode), "PNG"))
-    header = struct.pack(">IIBBBBB", 5, 3, 8, 0, 0, 0, 1)  # Adam7: 1x1, 1x1, 2x1 + 1x... rows of each pass
-    sizes = [(1, 1), (1, 1), (2, 0), (1, 1), (3, 1), (2, 2), (5, 1)]
-    rows = sum(height * (1 + width) for width, height in sizes)
-    for missing in (0, 1):
-        body = zlib.compress(bytes(rows - missing))
-        content = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", body) + png_chunk(b"IEND", b"")
-        if missing:
-            with pytest.raises(PictureError, match="needs"):
-                check_png(content)
-        else:
-            check_png(content)
-            assert Image.open(io.BytesIO(content)).size == (5, 3)
-
-
 def test_clean_caption_leaves_good_ones_alone() -> None:
     for caption in ("A dog .", "Ein Hund läuft über die Straße.", "犬が走る", "50 % – “quoted”", "x"):
         assert clean_caption(caption) == caption
-
-
-class Explosive:
-    """Unpickled, it writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.write_text, (self.path, "boom"))
-
-
-@pytest.fixture
-def trapped(tmp_path: Path) -> tuple[Path, Path]:
-    """A tar with pickles under every ending that WebDataset's decoders execute; and the file that must not appear."""
-    bomb = tmp_path / "boom"
-    payload = pickle.dumps(Explosive(bomb))
-    members = []
-    for i in range(4):
-        members += [(f"k{i}.jpg", encoded(photo(i))), (f"k{i}.txt", b"a caption")]
-        members += [(f"k{i}.{kind}", payload) for kind in ("pyd", "pickle", "pkl", "pth", "npy", "json.pyd")]
-    members += [("only.pyd", payload), ("only.txt", b"no picture")]
-    return tar_of(tmp_path / "tars" / "00000.tar", members).parent, bomb
-
-
-def test_pickles_in_a_tar_stay_unread(trapped: tuple[Path, Path], tmp_path: Path) -> None:
-    folder, bomb = trapped
-    manifest = prepared(SourceConfig("tars", (str(folder),)), tmp_path / "out")
-    assert sorted(records_in(tmp_path / "out")) == ["k0", "k1", "k2", "k3"]
-    assert manifest["dropped"] == {"no picture": 1} and dropped_in(tmp_path / "out") == [("only", "no picture")]
-    loader = StreamDataModule(
-        [str(folder / "*.tar")], batch_size=2, image_size=16, steps_per_epoch=6
-    ).train_dataloader()
-    assert len(list(loader)) == 6
-    data = ImageDataModule(str(folder), 2, image_size=16, val_fraction=0.0)
-    with pytest.raises(DataError, match="sample only has"):
-        data.arrays("train")
-    assert not bomb.exists()
-    pickle.loads(pickle.dumps(Explosive(bomb)))
-    assert bomb.exists()  # the trap was live
-
-
-def test_names_that_lead_out_of_a_tar_are_dropped(tmp_path: Path) -> None:
-    jpg = encoded(photo(0))
-    names = ["../../evil", "/abs/evil", "good/../../evil", "good/a", "b c", "d.e", "ünï"]
-    members = [m for name in names for m in ((f"{name}.jpg", jpg), (f"{name}.txt", name.encode()))]
-    tar_of(tmp_path / "tars" / "0.tar", members)
-    manifest = prepared(SourceConfig("tars", (str(tmp_path / "tars"),)), tmp_path / "deep" / "out")
-    records = records_in(tmp_path / "deep" / "out")
-    assert manifest["dropped"] == {"no picture": 1, "outside": 3}  # "d.e.jpg" is the member "e.jpg" of key "d"
-    assert {record["caption"] for record in records.values()} == {"good/a", "b c", "ünï"}
-    assert not list(tmp_path.rglob("*evil*"))
-
-
-def test_keys_that_come_twice_are_counted_within_and_across_tars(tmp_path: Path) -> None:
-    def pair(key: str, number: int) -> list[tuple[str, bytes]]:
-        return [(f"{key}.jpg", encoded(photo(number))), (f"{key}.txt", f"picture {number}".encode())]
-
-    tar_of(tmp_path / "tars" / "0.tar", [*pair("a", 0), *pair("b", 1), *pair("a", 2)])
-    tar_of(tmp_path / "tars" / "1.tar", [*pair("b", 3), *pair("c", 4), ("c.jpg", b"again")])
-    manifest = prepared(SourceConfig("tars", (str(tmp_path / "tars"),)), tmp_path / "out")
-    got = {key: record["caption"] for key, record in records_in(tmp_path / "out").items()}
-    assert got == {"a": "picture 0", "b": "picture 1", "c": "picture 4"}
-    assert manifest["dropped"] == {"duplicate key": 2}
-    assert sorted(dropped_in(tmp_path / "out")) == [("a", "duplicate key"), ("b", "duplicate key")]
-
-
-def test_a_truncated_tar_gives_what_it_has(tmp_path: Path) -> None:
-    members = [m for i in range(6) for m in ((f"k{i}.jpg", encoded(photo(i))), (f"k{i}.txt", b"a caption"))]
-    path = tar_of(tmp_path / "tars" / "0.tar", members)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    tar_of(tmp_path / "tars" / "1.tar", [("z.jpg", encoded(photo(9))), ("z.txt", b"whole")])
-    manifest = prepared(SourceConfig("tars", (str(tmp_path / "tars"),)), tmp_path / "out")
-    keys = sorted(records_in(tmp_path / "out"))
-    assert keys[:2] == ["k0", "k1"] and keys[-1] == "z" and len(keys) < 7
-    assert manifest["dropped"] == {"truncated tar": 1}
-    details = [json.loads(line)["detail"] for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
-    assert details[0].startswith("0.tar breaks off here")
-
-
-def test_json_that_is_none_leaves_the_txt(tmp_path: Path) -> None:
-    members = []
-    for key, content in {"a": b"{broken", "b": b"[1, 2]", "c": b'{"caption": null}', "d": b"\xff\xfe"}.items():
-        members += [(f"{key}.jpg", encoded(photo(ord(key)))), (f"{key}.json", content), (f"{key}.txt", b"from the txt")]
-    tar_of(tmp_path / "tars" / "0.tar", members)
-    prepared(SourceConfig("tars", (str(tmp_path / "tars"),)), tmp_path / "out")
-    assert {r["caption"] for r in records_in(tmp_path / "out").values()} == {"from the txt"}
-    assert len(records_in(tmp_path / "out")) == 4
 
 
 def test_nothing_readable_is_an_error_that_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
