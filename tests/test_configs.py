@@ -1,7 +1,7 @@
 """Every configuration in configs/ is parsed, and its model and data module are built, at full size.
 
-That they train, shrunk, is tested in test_end_to_end.py; overlays there and in stage2_prior/training/test_overlays.py. Models are built
-on torch's meta device: shapes are real, memory and time are not, so a model of any size fits a test.
+That they train, shrunk, is tested in test_end_to_end.py; overlays there and in stage2_prior/training/test_overlays.py.
+Models are built on the meta device: shapes are real, memory and time are not, so a model of any size fits a test.
 """
 
 from pathlib import Path
