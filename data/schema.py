@@ -87,7 +87,7 @@ def cut(start: int, stop: int, longest: int, split: str | None = None) -> list[S
 class Source(Protocol):
     """An indexed iterator of samples. Reading a range twice gives the same samples, so that shards are independent.
 
-    `unit` says what an item is ("img", or "tar" where only whole tars can be addressed). A source may have an
+    `unit` is what an item is ("img", or "tar" where only whole tars can be addressed). A source may have an
     `attribution`: whose pictures they are and their licence, kept in the manifest and shown with the pictures.
     """
 

@@ -53,11 +53,6 @@ def v_from_noise(x_t: Tensor, noise: Tensor, t: Tensor | float, floor: float = T
     return (noise - x_t) / _at_least(1 - t, floor)
 
 
-def score_from_v(x_t: Tensor, v: Tensor, t: Tensor | float, floor: float = T_FLOOR) -> Tensor:
-    """grad log p_t(x_t) = -noise / t: the same network call that gave v gives the drift of a stochastic sampler too."""
-    return -noise_from_v(x_t, v, t) / _at_least(t, floor)
-
-
 def _at_least(value: Tensor | float, floor: float) -> Tensor | float:
     return value.clamp(min=floor) if isinstance(value, Tensor) else max(value, floor)
 

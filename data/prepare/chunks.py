@@ -157,7 +157,7 @@ def _scored(stream: Iterator[Made], config: PrepareConfig, drops: list[Drop]) ->
 
 @functools.cache
 def _load_score(model: str, weights: str) -> Callable[[list[bytes], list[str]], list[float]]:
-    from data.prepare.score import ImageTextScore  # open_clip, only where it is asked for
+    from data.prepare.score import ImageTextScore  # open_clip, only with --score-weights
 
     return ImageTextScore(model, weights)
 

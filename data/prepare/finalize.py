@@ -181,7 +181,7 @@ def _rewrite(out: Path, chunk: int, name: str, fingerprint: str, removed: dict[i
 
 
 def _write_manifest(out: Path, content: dict[str, Any], chunks: list[Chunk], fingerprint: str) -> dict[str, Any]:
-    """Write `dropped.jsonl`, `sizes.json` of the splits, and `manifest.json`, which says that all is done."""
+    """Write `dropped.jsonl`, `sizes.json` of the splits, and `manifest.json`, the mark of a finished set."""
     shards: dict[str, Any] = {}
     sums = {name: Counter[str]() for name in ("dropped", "captions", "caption_length", "short_side")}
     lines: list[str] = []

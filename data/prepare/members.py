@@ -32,7 +32,7 @@ from data.schema import (
 
 @dataclass
 class Made:
-    """A sample as it is written: its tar members, its size before resizing, and its hash (b"" where none is asked)."""
+    """A sample as it is written: its tar members, its size before resizing, and its hash (b"" where none is wanted)."""
 
     key: str
     split: str

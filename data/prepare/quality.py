@@ -1,7 +1,7 @@
 """Which samples and captions are left out, and why: every rule gives a reason that is counted and listed.
 
 Near-duplicates are found by a difference hash of 128 bits: the picture is shrunk to 9 x 8 and 8 x 9 grey values, and a
-bit says whether a value is below its neighbour. Two pictures whose hashes differ in at most `bits` places count as the
+bit is set where a value is below its neighbour. Two pictures whose hashes differ in at most `bits` places count as the
 same; of each such group the first in the order of the source stays. Pairs are found by cutting the hash into bits + 1
 bands: if at most `bits` places differ, one band is equal, so only pictures that share a band are compared.
 """

@@ -19,7 +19,7 @@ class ImageTextScore:
     """Scores pairs with a model loaded once.
 
     Args:
-        model: a name that open_clip knows ("ViT-B-32"), or the path of a json configuration.
+        model: a name of open_clip ("ViT-B-32"), or the path of a json configuration.
         weights: a file that open_clip loads (.pt or .safetensors).
 
     Raises:

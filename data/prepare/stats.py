@@ -1,4 +1,4 @@
-"""What a data directory holds, from its manifest alone: as text with bars, and as a picture beside the manifest."""
+"""What a data directory holds, from its manifest alone: as text with bars and as a picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plot(data_dir: Path) -> Path:
     Raises:
         DataError: there is no manifest, or the picture cannot be written.
     """
-    from matplotlib.figure import Figure  # half a second, only where it is asked for
+    from matplotlib.figure import Figure  # half a second, only here
 
     manifest = read_manifest(data_dir)
     drawn = {title: bins for title, bins in histograms(manifest).items() if bins}

@@ -27,7 +27,7 @@ from data.reading.order import Batch
 from data.reading.shards import ShardReader
 from data.schema import IMAGE_MEMBERS, LATENT_MEMBER, DataError
 
-MEMORY_LIMIT = 2_000_000_000  # bytes of decoded samples that are held in memory without being asked
+MEMORY_LIMIT = 2_000_000_000  # bytes of decoded samples that are held in memory unless `in_memory` says otherwise
 _PIECE = 512  # samples that are decoded together on the way there
 
 

@@ -6,7 +6,7 @@ Every rank writes its own shards and a record for each; `write_latent_manifest` 
 
 A shard is renamed into place when it is complete, and its record is written after it; so what an interrupted run has
 finished is known by its records. They say what the shard was made from (`Origin`), and a run of the same origin keeps
-it. Shards from before records said so are read as ever; a run that writes the same split makes them anew.
+it. Shards from before records held it are read as ever; a run that writes the same split makes them anew.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class ShardDataModule(LightningDataModule):
         if self.trainer is not None and self._resume["step"] != self._global_batch():
             # The resumed epoch has another number of steps than the next ones, and Lightning asks for it only once.
             self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        # Lightning cannot see that the order, and not the loader, knows its place.
+        # Lightning cannot see that the order, and not the loader, keeps the position.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
 
     def _global_batch(self) -> int:

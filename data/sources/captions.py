@@ -1,4 +1,4 @@
-"""Captions files: which pictures there are and what is said of them.
+"""Captions files: names of pictures and their captions.
 
     captions.txt, .csv, .tsv    a header with an image and a caption column, one or many lines per picture
     *.token, *.token.txt        Flickr's `name#0<tab>caption`, without a header

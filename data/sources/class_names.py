@@ -1,6 +1,6 @@
 """Names of classes whose folders have ids: ImageNet's n01440764 is a tench.
 
-A file of names is one of ImageNet's usual three, told apart by its content:
+A file of names is one of ImageNet's usual three, distinguished by its content:
 
     words.txt                   n01440764<tab>tench, Tinca tinca
     LOC_synset_mapping.txt      n01440764 tench, Tinca tinca

@@ -37,7 +37,7 @@ class SourceConfig:
     Args:
         kind: one of `KINDS`, or "auto" to look at the path.
         path: a folder, file or several of them, or URLs; unused by scenes.
-        images: the picture folder of a captions file, where it is not beside it.
+        images: the picture folder of a captions file, where it is another folder.
         num, seed, size, max_objects, words: see `data.sources.scenes.Scenes`.
         class_names: names of the labels, in order, where the files do not carry them; of classes also a file of names.
         languages, background: see `data.sources.emoji.Emoji`.
@@ -70,7 +70,7 @@ class Kind:
     Args:
         open: the source that a config describes.
         paths: how many of --path it needs.
-        matches: whether these paths hold it, for --source auto; kinds are asked in the table's order. None: never.
+        matches: whether these paths hold it, for --source auto; in the table's order. None: never.
         size: side of the pictures where --size is not given.
     """
 

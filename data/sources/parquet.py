@@ -23,10 +23,10 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 
 def parquet_files(paths: tuple[str, ...]) -> list[Path]:
     """Return all parquet files named by `paths` or below them, sorted."""
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
-        found += sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
-    return found
+        files += sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
+    return files
 
 
 class Parquet:

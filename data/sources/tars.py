@@ -51,7 +51,7 @@ class Tars:
         return [Stretch(i, i + 1, split_named(PurePosixPath(u).parent.name)) for i, u in enumerate(self.urls)]
 
     def fingerprint(self) -> str:
-        """Names and sizes of the tars; for remote ones what the store says of them."""
+        """Names and sizes of the tars; for remote ones as the store reports them."""
         return f"tars {[(PurePosixPath(url).name, _size(url)) for url in self.urls]}"
 
     def read(self, start: int, stop: int) -> Iterator[Sample | Drop]:

@@ -1,1 +1,1 @@
-"""Text supervision: what captions ask of the first latents."""
+"""Text supervision of the first latents."""

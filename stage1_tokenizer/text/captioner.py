@@ -3,7 +3,7 @@
     ids (B,L) -> words (B,L,D); blocks: causal self-attention, cross-attention to the visible latents, MLP -> next word
 
 The captions are targets: what the decoder cannot predict from earlier words it must find in the prefix, so gradients
-ask the prefix for what the caption says. `log_likelihood` is for reports, `generate` says what a prefix shows.
+predict the caption from the prefix. `log_likelihood` is for reports, `generate` captions a prefix.
 
 Letters: B batch, K latents, C latent channels, L text tokens, V vocabulary rows, D width.
 """

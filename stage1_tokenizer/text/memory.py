@@ -1,7 +1,7 @@
 """Captions of earlier steps as negatives of this one (cross-batch memory: Wang et al. 2020, arXiv 1912.06798).
 
-A small batch stops teaching early: one caption among 48 is soon found, one among 1,000 is not. Embeddings of the last
-captions cost nothing to keep, and a tower that moves slowly has hardly moved since. They have no gradient and no
+A small batch stops teaching early: one caption among 48 is soon retrieved, one among 1,000 is not. Embeddings of the
+last captions cost nothing to keep, and a tower that moves slowly has hardly moved since. They have no gradient and no
 picture: a picture is compared with them, they are not compared with other pictures.
 
 Letters: B batch, Q size, E embedding width, L text tokens.

@@ -22,7 +22,7 @@ def on_device(values: list[int], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def kept_on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a report may be the first to ask, and a loss indexes with it
+    with torch.inference_mode(False):  # the first call may come from a report, and a loss indexes with it
         return torch.tensor(values, device=device)
 
 
@@ -78,5 +78,5 @@ class QueryReader(Spec, nn.Module):
         return F.normalize(self.out(x).float(), dim=-1)  # (B,P,E)
 
     def prefix(self, z: Tensor, row: int) -> Tensor:
-        """The last latent of z (B,k,C) as a vector (B,E); says nothing if k < `row`, its map is not trained then."""
+        """The last latent of z (B,k,C) as a vector (B,E); k < `row` has an untrained map."""
         return self(z, [z.shape[1]])[:, 0]

@@ -1,8 +1,8 @@
 """Text supervision of prefixes: a small open_clip text tower, and losses that read the first k latents.
 
 The order of the latents is decided by which of them a loss can see. A contrastive loss on *short prefixes*, weighted
-down as k grows, asks the first latents for what a caption says; a loss on the full length (`lengths=[K]`) would let the
-meaning sit anywhere. Captions are targets and never an input of the decoder: there they would unload meaning from the
+down as k grows, puts what a caption describes into the first latents; on the full length (`lengths=[K]`) the meaning
+could sit anywhere. Captions are targets and never an input of the decoder: there they would unload meaning from the
 latents.
 
 `GradientBalance` bounds what this costs: the gradient that text sends into the latents is rescaled to a fixed share of
@@ -45,7 +45,7 @@ class GradientBalance(nn.Module):
         self.register_buffer("norms", torch.zeros(2))
 
     def forward(self, z: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """z twice, for the first loss and for the second, whose share is `factor` times what was asked for."""
+        """z twice, for the first loss and for the second, whose share is `factor` times `share`."""
         if not (self.training and z.requires_grad):
             return z, z
         first, second = z.view_as(z), z.view_as(z)
@@ -77,7 +77,7 @@ class PrefixText(Supervision):
         share: gradient that text sends into the latents, as a share of the pixels' (see `GradientBalance`).
         every: the loss is computed in every n-th step only, the cheapest way to spend less on it.
         captioner: also a caption loss, which reads one random prefix of `lengths` per picture; None for none.
-        caption_weight: of the caption loss beside the contrastive one.
+        caption_weight: of the caption loss; the contrastive one has 1.
         warmup: steps over which `share` rises from 0; reader and tower learn from the first one on.
         memory: captions of earlier steps as further negatives; None for none.
     """

@@ -45,7 +45,7 @@ class ConfiguredRates(pl.Callback):
 class NaNGuard(pl.Callback):
     """Stops a fit whose loss is no finite number, with the step, the keys of its batch, and the parts of the loss.
 
-    The parts are the 0-d tensors that `training_step` returns beside "loss". Nothing waits for the device at a step:
+    The parts are the 0-d tensors that `training_step` returns with "loss". Nothing waits for the device at a step:
     losses are kept where they are and looked at every `every_n_steps` batches, and before a checkpoint is written. Then
     the weights are looked at, too: a finite loss can have a gradient that is not, and it would take the place of the
     last good checkpoint. All ranks stop if one has to.
@@ -138,7 +138,7 @@ class Throughput(pl.Callback):
 
 
 def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the length of its first entry; 0 if that cannot be told."""
+    """Number of samples in a batch: the length of its first entry; 0 if it has no length."""
     first = next(iter(batch.values()), None) if isinstance(batch, Mapping) else batch
     first = first[0] if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor) else first
     return len(first) if isinstance(first, Tensor | list | tuple) else 0

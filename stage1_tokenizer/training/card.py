@@ -1,4 +1,4 @@
-"""Model cards: what an exported folder says about itself."""
+"""Model cards of exported folders."""
 
 from stage1_tokenizer.tokenizer import Tokenizer
 

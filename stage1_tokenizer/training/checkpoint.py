@@ -24,11 +24,11 @@ from stage1_tokenizer.training.run_folder import RunFolder
 AGREE_EVERY = 10  # batches between two looks at whether another rank was interrupted: each look waits for the device
 
 
-def on_any_rank(trainer: pl.Trainer, found: bool) -> bool:
-    """True if `found` on any rank, and then on all: what they do next may be a collective. Alone, no wait."""
+def on_any_rank(trainer: pl.Trainer, flag: bool) -> bool:
+    """True if `flag` is on any rank, and then on all: what they do next may be a collective. Alone, no wait."""
     if trainer.world_size == 1:
-        return found
-    return bool(trainer.strategy.reduce_boolean_decision(found, all=False))
+        return flag
+    return bool(trainer.strategy.reduce_boolean_decision(flag, all=False))
 
 
 class RunCheckpoint(Checkpoint):
@@ -49,7 +49,7 @@ class RunCheckpoint(Checkpoint):
         self.every_n_steps, self.keep_every = every_n_steps, keep_every
         self.folder: RunFolder | None = None  # given by the command line before a fit
         self._saved_step = self._seen_step = 0
-        self._interrupted = self._agreed = False  # told to stop: this rank, all ranks
+        self._interrupted = self._agreed = False  # a stop was requested: on this rank, agreed by all ranks
         self._previous_handler: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -260,7 +260,7 @@ def run_cli(
     """Run one command of a stage; returns the CLI object, for programs and tests that look at its trainer or model.
 
     stage: "stage1" or "stage2". prog: the command as the user types it. args: words of the command line; None takes
-    them from the process. callbacks: of the stage's own, beside those that every run has. Wrong usage exits with
+    them from the process. callbacks: of the stage's own, in addition to those of every run. Wrong usage exits with
     status 2; an error that this project raised to its user (a ValueError or OSError) is printed as one sentence and
     exits with status 1. With UNSPOOL_TRACEBACK=1 it keeps its traceback.
     """

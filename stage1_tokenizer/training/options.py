@@ -1,4 +1,4 @@
-"""Options of the Lightning modules in groups: what belongs together stands together in a config.
+"""Options of the Lightning modules in groups: one dataclass per subject.
 
     model:
       optimizer: {lr: 4.0e-4, matrix_lr: 5.0e-3}

@@ -4,8 +4,8 @@
                              versions, threads, what it resumed from), metrics.jsonl (appends), checkpoints/
     run_dir/tokenizer|prior/ exports, written by the lit modules
 
-Two rules keep results from getting lost. A fit never starts over in a folder that holds checkpoints unless it is told
-to (`overwrite`), and `resume auto` fails where there is nothing to resume: neither ever becomes the other silently.
+Two rules keep results from getting lost. A fit never starts over in a folder that holds checkpoints without
+`overwrite`, and `resume auto` fails where there is nothing to resume: neither ever becomes the other silently.
 """
 
 import json
@@ -70,7 +70,7 @@ class RunFolder:
 
     @rank_zero_only
     def begin_fit(self, config_yaml: str, seed: Any, resumed: Path | None, overwrite: bool) -> None:
-        """Prepare the stage's folder for a fit: clear it if told to, write config.yaml, add an entry to run.json."""
+        """Prepare the stage's folder for a fit: clear it (`overwrite`), write config.yaml, add to run.json."""
         if overwrite:
             shutil.rmtree(self.checkpoint_dir, ignore_errors=True)
             for file in (self.metrics_file, self.run_file):
@@ -106,7 +106,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the resolved configuration lies beside the file."""
+        """Nothing: config.yaml holds the resolved configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -4,7 +4,7 @@
 
 Each is linked (jsonargparse's `link_arguments`) to the arguments of parts that must agree with it; a part whose class
 has no such argument is left alone, and a config without `sizes` names them part by part. `--print_config` leaves linked
-arguments out. A part that says something else than its class's default contradicts, which is one sentence.
+arguments out. A part with another value than this and its class's default is an error of one sentence.
 """
 
 import inspect
@@ -84,7 +84,7 @@ def link_sizes(parser: LightningArgumentParser, stage: str) -> None:
 
 
 def agreed(size: str, part: str, steps: list[str], argument: str) -> Callable[[int | None, Any], Any]:
-    """The value of a part's argument, given the size and what the config says of `model` or `data`."""
+    """The value of a part's argument, given the size and the config of `model` or `data`."""
 
     def value(wanted: int | None, root: Any) -> Any:
         node = root

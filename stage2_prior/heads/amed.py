@@ -1,7 +1,7 @@
 """AMED: a few-step solver with a learned mean direction, distilled on a trained head (Zhou et al. 2024).
 
 By the mean value theorem some mean of the velocities between two times of a grid points along the chord of the true
-trajectory; it says nothing about which, so it is learned. A step asks for the velocity v, walks with it to `where` of
+trajectory; the theorem does not give it, so it is learned. A step evaluates the velocity v, walks with it to `where` of
 the interval, asks again, v', and takes the whole interval with a v + b v', where a tiny network (`MeanDirection`) gives
 a and b of every sample and channel. As constructed a = 0, b = 1 and where = 1/2, which is midpoint. The teacher is the
 same head with many steps on the same noise, with and without guidance.
@@ -33,7 +33,7 @@ class MeanDirection(nn.Module):
     """Weights of the two velocities of an interval, from x, v and v' themselves; the same network for all channels.
 
     Reads of every channel its own three values and, pooled over channels, their six mean products (how long the three
-    are and how far the velocity has turned), so that it knows no channel by name and works for any C. Its matrices are
+    are and how far the velocity has turned), so that it treats all channels alike and works for any C. Its matrices are
     bare parameters, which `Prior.hold` leaves in float32 as the path is.
     """
 

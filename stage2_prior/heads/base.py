@@ -9,7 +9,7 @@ differ in what they assume of it (Li et al. 2024, "MAR", is the source of the id
 * `CategoricalHead`, `CodebookHead`: symbols, for the latents of a discrete bottleneck and no others.
 
 A head that has a density also answers `log_prob`. What sampling can prepare once for all latents of a picture goes into
-a `Plan`. Guidance combines two rows, conditional and unconditional; each head says of what (velocities, means, logits),
+a `Plan`. Guidance combines two rows, conditional and unconditional, of velocities, means or logits,
 and all compute one half only where one is enough (w = 1 and w = 0).
 
 Letters: M rows, C latent channels, D condition width.
@@ -100,7 +100,7 @@ def one_evaluation(head: Head, steps: int | None, solver: Solver | None) -> Plan
 def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float, interval: tuple[float, float] = ALWAYS) -> Tensor:
     """The condition rows that a guided step needs: cond, uncond or both. Raises HeadError if one is missing.
 
-    Without a condition (guidance 0) at all times, cond is not asked; at times outside a narrower interval it is.
+    Without a condition (guidance 0) at all times, cond is not evaluated; at times outside a narrower interval it is.
     """
     if guidance == 1.0:
         return cond
@@ -112,7 +112,7 @@ def guided_rows(cond: Tensor, uncond: Tensor | None, guidance: float, interval: 
 def refuse_symbols(whose: str, data: TrainingData, tokenizer: Callable[[], nn.Module]) -> None:
     """Raises HeadError where the latents are those of a discrete bottleneck, whose density would be without bound.
 
-    The tokenizer, which knows, is loaded only where the latents have no noise, as symbols have none.
+    The tokenizer is loaded only where the latents have no noise, as symbols have none.
     """
     some = data.arrays("train", 8)
     if "latents_std" in some and bool(some["latents_std"].any()):

@@ -46,7 +46,7 @@ class NoiseTarget(Spec, nn.Module):
     """The network answers with the noise (MAR)."""
 
     def target(self, x: Tensor, noise: Tensor, t: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What the network is asked for at x_t = alpha x + sigma noise; x, noise (...,C), t (...,1)."""
+        """What the network predicts at x_t = alpha x + sigma noise; x, noise (...,C), t (...,1)."""
         return noise
 
     def data(self, x_t: Tensor, answer: Tensor, t: float) -> Tensor:

@@ -25,7 +25,7 @@ class DiffusionHead(SolverHead):
 
     Args:
         net: the network, with latent width C and condition width D.
-        target: what the network is asked for (None: the noise).
+        target: what the network predicts (None: the noise).
         solver: DDPM or DDIM with its grid (None: DDPM x 100).
         draws: draws of t per latent and step.
     """

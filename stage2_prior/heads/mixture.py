@@ -4,7 +4,7 @@ transformers"): the density is there in closed form, and a sample costs one eval
     p(x | cond) = sum_j pi_j N(x; mu_j, diag(s_j^2)),  j = 1..J          loss = -log p / C, nats per channel
 
 What it cannot do is a density whose channels depend on each other in a way that J axis-parallel ellipsoids do not
-cover; that is what the flow head's evaluations buy, and the table of heads says how much.
+cover; that is what the flow head's evaluations buy, and the table of heads has the figures.
 
 Choices, with reasons:
 * Widths are floor + softplus: a component that sits on one training latent would else have a likelihood without bound.

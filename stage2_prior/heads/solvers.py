@@ -12,7 +12,7 @@ also give a head another default. E is evaluations of the field per latent, as t
     MidTimeEuler       1    10   Euler without its shrinkage
     Euler              1    50   the plain reference; shrinks samples when steps are few
     EulerMaruyama      1    20   stochastic: temperature acts along the way
-    DDIM, DDPM         1  50, 100  of a DiffusionHead, and only of one: they ask for data (`heads.ddpm`)
+    DDIM, DDPM         1  50, 100  of a DiffusionHead, and only of one: they need predicted data (`heads.ddpm`)
 
 A field is `v = field(x, t)`: x (M, C), t a plain float that all rows share, v the velocity of stage1_tokenizer.flow
 (t = 0 data, t = 1 noise, so every method walks *down* a grid 1 = t_0 > t_1 > ... > t_n = 0). Since t is a float known
@@ -59,9 +59,9 @@ def euler(field: Field, x: Tensor, grid: Grid) -> Tensor:
 
 
 def mid_time_euler(field: Field, x: Tensor, grid: Grid) -> Tensor:
-    """Euler with the field asked at the middle *time* of the interval: x_{i+1} = x_i - h field(x_i, (t_i + t_{i+1})/2).
+    """Euler with the field at the middle *time* of the interval: x_{i+1} = x_i - h field(x_i, (t_i + t_{i+1})/2).
 
-    First order, but without Euler's shrinkage: the field is asked at less noise than x_i has, which overshoots by
+    First order, but without Euler's shrinkage: the field is evaluated at less noise than x_i has, which overshoots by
     about what Euler falls short.
     """
     for t, s in pairwise(grid):
@@ -169,15 +169,15 @@ class Solver(Spec, nn.Module):
         return self.steps * self.per_step
 
     def times(self) -> list[float]:
-        """The times at which the field is asked, in order; got by asking, so it cannot disagree with the method."""
-        asked: list[float] = []
+        """The times at which the field is evaluated, in order; recorded from the method itself."""
+        times: list[float] = []
 
         def probe(x: Tensor, t: float) -> Tensor:
-            asked.append(t)
+            times.append(t)
             return torch.zeros_like(x)
 
         self(probe, torch.zeros(1, 1), torch.Generator())
-        return asked
+        return times
 
     def with_evaluations(self, evaluations: int) -> "Solver":
         """The same method with another cost. Raises SamplerError if it cannot have exactly that many calls."""
