@@ -62,6 +62,7 @@ from .training.latent_data import PriorDataModule as PriorDataModule, PriorImage
 from .training.lit_prior import LitPrior as LitPrior
 from .variants.captioning import CaptioningPrior as CaptioningPrior
 from .variants.frequencies import FrequencyLatents as FrequencyLatents
+from .variants.joint import JointPrior as JointPrior
 from .variants.masked import MaskedPrior as MaskedPrior
 from .variants.noise_extended import NoiseExtendedPrior as NoiseExtendedPrior
 from .variants.patches import PatchLatents as PatchLatents
