@@ -24,6 +24,7 @@ from pathlib import Path
 
 from data.prepare.members import Made, make_members
 from data.prepare.options import PrepareConfig
+from data.prepare.records import ChunkRecord, ShardRecord, octaves
 from data.reading.shards import ShardWriter
 from data.schema import (
     IMAGE_MEMBERS,
@@ -32,7 +33,6 @@ from data.schema import (
     Drop,
     Source,
     key_hash,
-    write_json,
 )
 
 CODECS = ("pillow", "torch", "torchvision")  # packages whose versions may change the bytes of a picture
@@ -93,25 +93,15 @@ def write_chunk(
             histograms["caption_length"].update(len(caption) for caption in made.captions)
             histograms["short_side"][min(made.original)] += 1
     shards = {
-        chunk.shards[split]: {
-            "count": writer.count,
-            "bytes": writer.bytes,
-            "sha256": writer.sha256,
-            "keys": b"".join(keys[split]).hex(),
-            "hashes": b"".join(hashes[split]).hex(),
-        }
+        chunk.shards[split]: ShardRecord(
+            writer.count, writer.bytes, writer.sha256, b"".join(keys[split]).hex(), b"".join(hashes[split]).hex()
+        )
         for split, writer in writers.items()
         if writer.count
     }
-    record = {
-        "fingerprint": fingerprint,
-        "source": [chunk.start, chunk.stop],
-        "shards": shards,
-        "dropped": [asdict(drop) for drop in drops],
-        "captions": dict(captions),
-        **{name: octaves(values) for name, values in histograms.items()},
-    }
-    write_json(out / "chunks" / f"{chunk.number:05d}.json", record)
+    bins = {name: octaves(values) for name, values in histograms.items()}
+    record = ChunkRecord(fingerprint, [chunk.start, chunk.stop], shards, drops, dict(captions), **bins)
+    record.write(out, chunk.number)
 
 
 def _made(
@@ -160,11 +150,3 @@ def _load_score(model: str, weights: str) -> Callable[[list[bytes], list[str]], 
     from data.prepare.score import ImageTextScore  # open_clip, only with --score-weights
 
     return ImageTextScore(model, weights)
-
-
-def octaves(values: Counter[int]) -> dict[str, int]:
-    """Count values in bins whose edges are powers of two; a bin is named by its lower edge."""
-    bins: Counter[int] = Counter()
-    for value, count in values.items():
-        bins[1 << (value.bit_length() - 1) if value else 0] += count
-    return {str(edge): bins[edge] for edge in sorted(bins)}

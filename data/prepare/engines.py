@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from data.prepare.chunks import Chunk, fingerprint_of, plan, write_chunk
-from data.prepare.finalize import finalize, is_finished, read_record, write_plan
+from data.prepare.finalize import finalize, is_finished, write_plan
 from data.prepare.options import PrepareConfig
+from data.prepare.records import read_record
 from data.schema import DataError, Source
 from data.sources.open import SourceConfig, find_kind, open_source
 

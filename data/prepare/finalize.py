@@ -21,10 +21,9 @@ import numpy as np
 from data.prepare.chunks import CODECS, Chunk
 from data.prepare.options import PrepareConfig
 from data.prepare.quality import near_duplicates
+from data.prepare.records import read_record, record_path
 from data.reading.shards import ShardReader, ShardWriter
 from data.schema import SCHEMA_VERSION, SPLITS, DataError, Drop, write_bytes, write_json
-
-_KEY_BYTES, _HASH_BYTES = 8, 16
 
 
 def write_plan(out: Path, config: PrepareConfig, chunks: list[Chunk], fingerprint: str, attribution: str = "") -> None:
@@ -74,21 +73,6 @@ def read_plan(out: Path) -> tuple[dict[str, Any], list[Chunk], str]:
     return content, chunks, content["fingerprint"]
 
 
-def read_record(out: Path, number: int, fingerprint: str) -> dict[str, Any] | None:
-    """Return the record of a chunk that is completely written under this plan, else None."""
-    try:
-        record: dict[str, Any] = json.loads((out / "chunks" / f"{number:05d}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    if record["fingerprint"] != fingerprint:
-        return None
-    for name, shard in record["shards"].items():
-        path = out / name
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            return None if shard["count"] else record
-    return record
-
-
 def is_finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
     """Return the manifest where `out` is finished under this fingerprint and its shards have their sizes."""
     try:
@@ -129,10 +113,10 @@ def _remove_duplicates(out: Path, chunks: list[Chunk], fingerprint: str, bits: i
     for chunk in chunks:
         record = read_record(out, chunk.number, fingerprint)
         assert record is not None, "finalize has looked at every record"
-        for name, shard in record["shards"].items():
+        for name, shard in record.shards.items():
             names.append((chunk.number, name))
-            keys.append(np.frombuffer(bytes.fromhex(shard["keys"]), ">u8"))
-            hashes.append(np.frombuffer(bytes.fromhex(shard["hashes"]), np.uint8).reshape(-1, _HASH_BYTES))
+            keys.append(shard.key_hashes())
+            hashes.append(shard.picture_hashes())
             starts.append(starts[-1] + len(keys[-1]))
     if not names:
         return
@@ -160,24 +144,22 @@ def _rewrite(out: Path, chunk: int, name: str, fingerprint: str, removed: dict[i
     """Write a shard again without the samples at positions `removed`, then its record; done already, do nothing."""
     record = read_record(out, chunk, fingerprint)
     assert record is not None, "finalize has looked at every record"
-    shard = record["shards"][name]
-    if shard.get("removed") == sorted(removed):
+    shard = record.shards[name]
+    if shard.removed == sorted(removed):
         return
     reader = ShardReader([out / name])
-    drops = []
     # A chunk without a record counts as not written. Sizes could not tell it: tars are padded to whole records.
-    (out / "chunks" / f"{chunk:05d}.json").unlink()
+    record_path(out, chunk).unlink()
     with ShardWriter(out / name) as writer:
         for sample in range(len(reader)):
             if sample in removed:
-                drops.append(asdict(Drop(reader.key(sample), *removed[sample])))
+                record.dropped.append(Drop(reader.key(sample), *removed[sample]))
                 continue
             writer.write(reader.key(sample), {m: reader.read(sample, m) or b"" for m in reader.member_names(sample)})
     if not writer.count:
         (out / name).unlink()
-    shard |= {"count": writer.count, "bytes": writer.bytes, "sha256": writer.sha256, "removed": sorted(removed)}
-    record["dropped"] += drops
-    write_json(out / "chunks" / f"{chunk:05d}.json", record)
+    shard.count, shard.bytes, shard.sha256, shard.removed = writer.count, writer.bytes, writer.sha256, sorted(removed)
+    record.write(out, chunk)
 
 
 def _write_manifest(out: Path, content: dict[str, Any], chunks: list[Chunk], fingerprint: str) -> dict[str, Any]:
@@ -188,15 +170,15 @@ def _write_manifest(out: Path, content: dict[str, Any], chunks: list[Chunk], fin
     for chunk in chunks:
         record = read_record(out, chunk.number, fingerprint)
         assert record is not None, "finalize has looked at every record"
-        for name, shard in record["shards"].items():
-            if shard["count"]:
-                shards[name] = {k: shard[k] for k in ("count", "bytes", "sha256")} | {"source": record["source"]}
-        lines += [json.dumps(drop, ensure_ascii=False) + "\n" for drop in record["dropped"]]
+        for name, shard in record.shards.items():
+            if shard.count:
+                entry = {"count": shard.count, "bytes": shard.bytes, "sha256": shard.sha256}
+                shards[name] = entry | {"source": record.source}
+        lines += [json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in record.dropped]
         # A caption that is left out is listed among the drops and counted among the captions.
-        reasons = [drop["reason"] for drop in record["dropped"]]
-        sums["dropped"].update(reason for reason in reasons if not reason.startswith("caption "))
+        sums["dropped"].update(d.reason for d in record.dropped if not d.reason.startswith("caption "))
         for name in ("captions", "caption_length", "short_side"):
-            sums[name].update(record[name])
+            sums[name].update(getattr(record, name))
     counts = {s: sum(shard["count"] for name, shard in shards.items() if name.startswith(s + "/")) for s in SPLITS}
     write_bytes(out / "dropped.jsonl", "".join(lines).encode("utf-8", "replace"))
     if not sum(counts.values()):
