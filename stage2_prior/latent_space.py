@@ -47,7 +47,7 @@ def load_space(path: str | Path, device: torch.device | str = "cpu") -> LatentSp
 
 
 class SpaceBound(nn.Module):
-    """What is tied to a latent space of num_latents x latent_dim (K x C)."""
+    """What is tied to a latent space: to its first num_latents latents of latent_dim floats (K x C)."""
 
     fingerprint_bytes: Tensor
 
@@ -77,10 +77,10 @@ class SpaceBound(nn.Module):
         self.check_space(tokenizer.num_latents, tokenizer.latent_dim, tokenizer.fingerprint)
 
     def check_space(self, num_latents: int, latent_dim: int, fingerprint: str) -> None:
-        if (num_latents, latent_dim) != (self.num_latents, self.latent_dim):
+        if num_latents < self.num_latents or latent_dim != self.latent_dim:
             raise PriorError(
-                f"got latents of {num_latents} x {latent_dim}, wanted {self.num_latents} x {self.latent_dim};"
-                " set num_latents and latent_dim of the prior to the tokenizer's."
+                f"got latents of {num_latents} x {latent_dim}, wanted {self.num_latents} x {self.latent_dim} or more of"
+                " them; set latent_dim of the prior to the tokenizer's, and num_latents to its or fewer."
             )
         if self.fingerprint and self.fingerprint != fingerprint[:FINGERPRINT_LENGTH]:
             raise PriorError(

@@ -5,6 +5,7 @@ floors that need them.
 """
 
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
@@ -17,8 +18,11 @@ import torch
 PACKAGES = ("unspool", "torch", "torchvision", "lightning", "timm", "open-clip-torch", "webdataset", "numpy")
 
 
-def provenance(seed: int | None = None) -> dict[str, str]:
-    """The facts as a report prints them: name -> text. seed: of what the report drew at random; None where nothing."""
+def provenance(seed: int | None = None, data_dir: str | Path | None = None) -> dict[str, str]:
+    """The facts as a report prints them: name -> text.
+
+    seed: of what the report drew at random; None where nothing. data_dir: of the pictures that are shown.
+    """
     process = describe_process()
     versions = {"Python": process["python"], **process["versions"]}
     return {
@@ -28,7 +32,14 @@ def provenance(seed: int | None = None) -> dict[str, str]:
         "seed": "none used" if seed is None else str(seed),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "device": f"{process['device']}, {process['torch_threads']} threads",
+        **({"pictures": credit} if data_dir is not None and (credit := attribution(data_dir)) else {}),
     }
+
+
+def attribution(data_dir: str | Path) -> str:
+    """Whose pictures these are and under which licence, as the manifest has it; "" where it has nothing."""
+    manifest = Path(data_dir) / "manifest.json"
+    return str(json.loads(manifest.read_text(encoding="utf-8")).get("attribution", "")) if manifest.is_file() else ""
 
 
 def describe_process() -> dict[str, Any]:

@@ -102,7 +102,7 @@ def reconstruction_report(
     else:
         metrics |= text_metrics(tokenizer, held_out.z, held_out.samples, train, lengths)
     metrics["skipped"] = [vars(item) for item in skipped]
-    metrics["provenance"] = provenance(seed)
+    metrics["provenance"] = provenance(seed, datamodule.data_dir)
     pictures = reconstruction_page.Pictures(held_out.pictures, learned.pictures, linear.pictures)
     figures = reconstruction_page.headlines(metrics)
     metrics["figures"] = [vars(figure) for figure in figures]

@@ -28,11 +28,14 @@ x = tokenizer.decode(z[:, :4])      # any prefix -> (B, 3, {size}, {size}) in [-
 It knows the kind of picture it was trained on, at this size, and nothing else. Short prefixes decode to an average of
 what they leave open, which looks blurred. Figures above are from the end of training, on part of the held-out split;
 the reconstruction report has the full ones.
-"""
+{attribution}"""
 
 
-def tokenizer_card(tokenizer: Tokenizer, figures: dict[str, float]) -> str:
-    """The README.md of an exported tokenizer; `figures` are held-out metrics by name."""
+def tokenizer_card(tokenizer: Tokenizer, figures: dict[str, float], attribution: str = "") -> str:
+    """The README.md of an exported tokenizer.
+
+    figures: held-out metrics by name. attribution: whose pictures it was trained on, where their licence asks for it.
+    """
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(figures.items()))
     return TEMPLATE.format(
         size=tokenizer.image_size,
@@ -40,6 +43,7 @@ def tokenizer_card(tokenizer: Tokenizer, figures: dict[str, float]) -> str:
         C=tokenizer.latent_dim,
         millions=sum(p.numel() for p in tokenizer.parameters()) / 1e6,
         fingerprint=tokenizer.fingerprint,
+        attribution=f"\n## Pictures\n{attribution}\n" if attribution else "",
         text="none" if tokenizer.text is None else f"prefixes of {tokenizer.text.lengths} latents",
         figures=f"| held out | value |\n|---|---|\n{rows}" if rows else "None were measured during training.",
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.evaluation.picture_data import draw_training
+from stage1_tokenizer.evaluation.provenance import attribution
 from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.card import tokenizer_card
@@ -170,7 +171,8 @@ class LitTokenizer(pl.LightningModule):
             with torch.autocast(self.device.type, torch.bfloat16, enabled="bf16" in str(self.trainer.precision)):
                 self.tokenizer.fit_statistics(self.training_images(self.passes.statistics_images))
         figures = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
-        self.tokenizer.save_pretrained(folder / "tokenizer", tokenizer_card(self.tokenizer, figures))
+        credit = attribution(getattr(self.trainer.datamodule, "data_dir", folder))  # type: ignore[attr-defined]
+        self.tokenizer.save_pretrained(folder / "tokenizer", tokenizer_card(self.tokenizer, figures, credit))
 
     def training_images(self, limit: int) -> Iterator[Tensor]:
         """Batches (B,3,H,W) of about `limit` training pictures, the same ones wherever a resumed fit began."""

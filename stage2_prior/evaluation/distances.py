@@ -31,6 +31,7 @@ from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, frechet_distance, precision_recall
 from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage2_prior.captions import longest
+from stage2_prior.evaluation.sampling import space_device
 from stage2_prior.latent_space import LatentSpace
 
 MANY = 200  # pictures below which a distance between two sets says little
@@ -107,7 +108,7 @@ def frechet_at_infinity(a: Tensor, b: Tensor, seed: int = 0) -> float:
 
 def reconstruct(tokenizer: LatentSpace, images: Tensor, batch_size: int = 250) -> Tensor:
     """images (N,3,H,W) -> the same through the tokenizer at full length, on the CPU."""
-    device = next(iter(tokenizer.state_dict().values())).device  # type: ignore[attr-defined]
+    device = space_device(tokenizer)
     return torch.cat([tokenizer.decode(tokenizer.posterior(x.to(device))[0]).cpu() for x in images.split(batch_size)])
 
 

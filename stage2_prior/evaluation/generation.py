@@ -1,7 +1,7 @@
 """The generation report: what a prior's pictures and latents are worth, on held-out captions.
 
 Every held-out caption is sampled at each guidance scale and the pictures are read by a classifier that was trained on
-real ones. Five questions, five kinds of figures:
+real ones. Six questions, six kinds of figures:
 
 * does a picture show what its caption asks for (`faithfulness`);
 * do the pictures look like the data: Frechet distances, precision and recall in named features, each beside the figure
@@ -10,6 +10,7 @@ real ones. Five questions, five kinds of figures:
   the line), data drawn as in training, posterior noise included;
 * how likely are held-out lines, and do they distinguish their captions from others (`likelihood_report`); if the prior
   also reads lines out, how often it is right (`captioning_report`);
+* is a picture what its caption names or a copy (`neighbours`), and how many latents are best drawn (`lengths`);
 * what it costs: evaluations of the head and seconds per picture, decoding included.
 
 Same caption and different seeds must give different pictures: their spread is measured and shown. The page is made by
@@ -35,9 +36,10 @@ from stage2_prior.evaluation.captioning_report import captioning_report
 from stage2_prior.evaluation.distances import Features, distance_report, features_of
 from stage2_prior.evaluation.faithfulness import faithfulness_report
 from stage2_prior.evaluation.held_out import HeldOutData, held_out_latents, same_samples
+from stage2_prior.evaluation.lengths import length_report
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
 from stage2_prior.evaluation.neighbours import Bank, neighbour_report, shortest
-from stage2_prior.evaluation.sampling import Sampler, device_of
+from stage2_prior.evaluation.sampling import Sampler, decode_all, device_of
 from stage2_prior.latent_space import LatentSpace
 
 SEEN = 250  # captions of training pictures
@@ -107,10 +109,10 @@ class GenerationReport:
         extractors = [extractor] if isinstance(imagenet, Skipped) else [extractor, imagenet]
         features = {x.feature_name: features_of(x, self.batch_size) for x in extractors}
         samples = {w: self.sample(prior, tokenizer, captions, w) for w in self.guidances}
-        parts = held["latents"].to(device_of(prior)).split(self.batch_size)
-        recon = torch.cat([tokenizer.decode(z).cpu() for z in parts])
-        noise = torch.randn(held["latents"].shape, generator=torch.Generator().manual_seed(self.seed))
-        z = held["latents"] + held["latents_std"] * noise  # as in training
+        recon = decode_all(tokenizer, held["latents"], self.batch_size)
+        mean, std = (held[name][:, : prior.num_latents] for name in ("latents", "latents_std"))
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(self.seed))
+        z = mean + std * noise  # as in training
         generated = {str(w): s.images for w, s in samples.items()}
         distances = {
             name: {"features": name} | distance_report(extract, generated, recon, real, images, tokenizer, self.seed)
@@ -126,14 +128,21 @@ class GenerationReport:
             **{f"distances[{name}]": entry for name, entry in distances.items()},
             "skipped": [vars(imagenet)] if isinstance(imagenet, Skipped) else [],
         }
-        metrics["neighbours"], nearest = self.neighbours(prior, tokenizer, features, generated, images, real)
+        name, extract = list(features.items())[-1]
+        bank = Bank.of(extract, images, real, self.seed)
+        copies, nearest = self.neighbours(prior, tokenizer, extract, bank, generated, images, real)
+        metrics["neighbours"] = {"features": name, **copies}
+        drawn = {str(w): samples[w].latents for w in sorted({1.0, self.guidance})}
+        asked = [shortest(captions) for captions in real["captions"]]
+        lengths = length_report(extract, bank, asked, tokenizer, drawn, self.batch_size)
+        metrics["lengths"] = {"features": name, **lengths}
         if classifier is not None:
             by_name = {**generated, "real": real["images"], "reconstruction": recon}
             metrics |= faithfulness_report(classifier, by_name, images, real)
         metrics["cost"] = self.cost(prior, tokenizer, captions)
         metrics["diversity"], same = self.diversity(prior, tokenizer, captions)
         metrics |= self.likelihoods(prior, z.to(device_of(prior)), captions, held)
-        metrics["provenance"] = provenance(self.seed)
+        metrics["provenance"] = provenance(self.seed, images.data_dir)
         pictures = Pictures(captions, real["images"], generated, same, nearest)
         figures = headlines(metrics, str(self.guidance))
         metrics["figures"] = [vars(figure) for figure in figures]
@@ -145,21 +154,18 @@ class GenerationReport:
         self,
         prior: Prior,
         tokenizer: LatentSpace,
-        features: dict[str, Features],
+        features: Features,
+        bank: Bank,
         generated: dict[str, Tensor],
         images: ImageDataModule,
         real: dict[str, Any],
     ) -> tuple[dict[str, Any], Tensor]:
-        """`neighbour_report` in the best features there are; as many captions of training pictures, at most 250."""
-        name, extract = list(features.items())[-1]
+        """`neighbour_report`, with pictures drawn for as many captions of training pictures, at most 250."""
         train = draw_training(images, min(len(real["images"]), SEEN), self.seed)
         train, captions = askable(prior.words.ask, train)
         seen = {str(w): self.sample(prior, tokenizer, captions, w).images for w in self.guidances}
-        bank = Bank.of(extract, images, real, self.seed)
-        figures, nearest = neighbour_report(
-            extract, bank, generated, real, (seen, list(map(shortest, train["captions"])))
-        )
-        return {"features": name, **figures}, nearest
+        names = [shortest(captions) for captions in train["captions"]]
+        return neighbour_report(features, bank, generated, real, (seen, names))
 
     def likelihoods(self, prior: Prior, z: Tensor, captions: list[str], held: dict[str, Any]) -> dict[str, Any]:
         """What the prior makes of held-out lines z (N,K,C): `nll`, `classification_by_likelihood`, `captioning`."""

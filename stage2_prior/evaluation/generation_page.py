@@ -153,6 +153,12 @@ def _curves(report: Report, metrics: Mapping[str, Any], guidance: str) -> None:
     if "by_position" in nll:
         curve = {"held-out lines": (line, nll["by_position"])}
         report.curve("Negative log-likelihood by position", "position", "nats per latent", curve)
+    lengths = metrics["lengths"]
+    distance = {
+        f"guidance {w}": tuple(map(list, zip(*by_k.items(), strict=True))) for w, by_k in lengths["distance"].items()
+    }
+    heading = f"Fréchet distance of pictures drawn from k latents, {lengths['features']} features"
+    report.curve(heading, "latents drawn", "distance (lower is better)", drawn)
     if "accuracy" in choice:
         heading = f"Own caption chosen by likelihood: {choice['lines']} lines, {choice['captions_per_line']} captions"
         chance = [choice["chance"]] * len(line)

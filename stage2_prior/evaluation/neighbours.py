@@ -11,6 +11,7 @@ Distances are Euclidean between features of unit length. Letters: N pictures, M 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,12 +28,26 @@ TRAINING_BYTES = 2**30  # of pictures in memory
 
 @dataclass(frozen=True)
 class Bank:
-    """Real pictures to look through: unit features (M,D), the shortest caption of each, and which were trained on."""
+    """Real pictures to look through.
 
-    features: Tensor
+    raw: features (M,D). names: the shortest caption of each. trained: (M,) bool, which were trained on; the others are
+    held out. pictures: (M,3,H,W).
+    """
+
+    raw: Tensor
     names: list[str]
-    trained: Tensor  # (M,) bool
-    pictures: Tensor  # (M,3,H,W)
+    trained: Tensor
+    pictures: Tensor
+
+    @cached_property
+    def features(self) -> Tensor:
+        """(M,D) of unit length."""
+        return F.normalize(self.raw, dim=1)
+
+    @property
+    def features_of_held_out(self) -> Tensor:
+        """As the extractor gives them, of the held-out pictures."""
+        return self.raw[~self.trained]
 
     @classmethod
     def of(cls, features: Features, images: ImageDataModule, real: dict[str, Any], seed: int = 0) -> "Bank":
@@ -41,7 +56,7 @@ class Bank:
         pictures = torch.cat([train["images"], real["images"]])
         trained = torch.arange(len(pictures)) < len(train["images"])
         names = [shortest(captions) for captions in (*train["captions"], *real["captions"])]
-        return cls(F.normalize(features(pictures), dim=1), names, trained, pictures)
+        return cls(features(pictures), names, trained, pictures)
 
     def nearest(self, features: Tensor, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(row of the nearest real picture, its distance), each (N,), for features (N,D); among: (M,) bool."""

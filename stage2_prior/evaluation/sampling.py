@@ -59,6 +59,17 @@ class Sampler:
         return Samples(torch.cat(latents), torch.cat(pictures), time.perf_counter() - start)
 
 
+def space_device(tokenizer: LatentSpace) -> torch.device:
+    """Where the weights of a tokenizer, learned or fixed, lie."""
+    return next(iter(tokenizer.state_dict().values())).device  # type: ignore[attr-defined]
+
+
+def decode_all(tokenizer: LatentSpace, z: Tensor, batch_size: int = 250) -> Tensor:
+    """Latents (N,k,C) -> pictures (N,3,H,W) on the CPU, `batch_size` at a time."""
+    device = space_device(tokenizer)
+    return torch.cat([tokenizer.decode(part.to(device)).cpu() for part in z.split(batch_size)])
+
+
 def device_of(module: torch.nn.Module) -> torch.device:
     """Where the parameters of a module lie."""
     return next(module.parameters()).device

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.evaluation.provenance import attribution
 from stage2_prior.base import Prior
 
 ROWS = 5  # held-out pictures of the ladder, and as many captions twice over to draw for
@@ -43,12 +44,6 @@ def doubling(num_latents: int) -> list[int]:
 def pixels(images: Tensor) -> Any:
     """(N,3,H,W) in [-1, 1] -> (N,H,W,3) in [0, 1], as matplotlib takes them."""
     return ((images.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def attribution(data_dir: str | Path) -> str:
-    """What the manifest of a data directory says about whose pictures these are; "" where it says nothing."""
-    manifest = json.loads((Path(data_dir) / "manifest.json").read_text(encoding="utf-8"))
-    return str(manifest.get("attribution", ""))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.evaluation.provenance import attribution
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.optim import planned_steps
 from stage1_tokenizer.training.options import OptimizerOptions, ScheduleOptions
@@ -103,7 +104,7 @@ class LitPrior(pl.LightningModule):
 
     def card(self) -> str:
         """The model card: what this is, how to load it, what its numbers mean."""
-        prior = self.prior
+        prior, credit = self.prior, attribution(self.run_dir / "data")
         return (
             "---\nlibrary_name: unspool\ntags: [text-to-image, autoregressive, continuous-latents]\n---\n"
             f"# Unspool prior\n\nDraws {prior.num_latents} latents of {prior.latent_dim} floats from a caption, "
@@ -113,6 +114,7 @@ class LitPrior(pl.LightningModule):
             "prior.check(tok)\n"
             'z = prior.sample(["a large red circle in the center on a white background"], guidance=2.0)  # (1, K, C)\n'
             "images = tok.decode(z)  # (1, 3, H, W) in [-1, 1]\n```\n"
+            + (f"\n## Pictures\n{credit}\n" if credit else "")
         )
 
     def load_tokenizer(self) -> nn.Module:
@@ -179,11 +181,15 @@ class LitPrior(pl.LightningModule):
             self.load_tokenizer().to(self.device)
 
     def posterior(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B,K,C) each, standardised: those of the shards, or of the batch's pictures."""
+        """Mean and standard deviation (B,K,C) each, standardised: those of the shards, or of the batch's pictures.
+
+        Of as many latents as the prior models: the first of the line, where the tokenizer has more.
+        """
+        k = self.prior.num_latents
         if "latents" in batch:
-            return batch["latents"], batch["latents_std"]
+            return batch["latents"][:, :k], batch["latents_std"][:, :k]
         with torch.no_grad():
-            mean, std = self.tokenizer.posterior(batch["images"])
+            mean, std = (x[:, :k] for x in self.tokenizer.posterior(batch["images"]))
         return mean.float().contiguous(), std.float().contiguous()  # noise is drawn in the order of memory
 
     def configure_optimizers(self) -> Any:

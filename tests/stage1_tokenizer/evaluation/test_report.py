@@ -13,8 +13,10 @@ from PIL import Image
 from stage1_tokenizer.evaluation.curves import SERIES_COLOURS, draw_curve
 from stage1_tokenizer.evaluation.image_metrics import Skipped
 from stage1_tokenizer.evaluation.picture_sheet import image_grid, image_strip
-from stage1_tokenizer.evaluation.provenance import provenance
+from stage1_tokenizer.evaluation.provenance import attribution, provenance
 from stage1_tokenizer.evaluation.report import Figure, Report
+from stage1_tokenizer.training.card import tokenizer_card
+from tests.tiny import tiny_tokenizer
 
 
 def test_strip_keeps_every_pixel() -> None:
@@ -98,3 +100,11 @@ def test_a_level_first_series_is_drawn_in_its_colour_and_a_level_behind_it_is_no
         for colour, wanted in zip(SERIES_COLOURS[:2], (True, coloured), strict=True):
             target = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert bool((abs(pixels - target).max(axis=1) < 3).any()) == wanted
+
+
+def test_pictures_are_credited_where_their_manifest_asks_for_it(tmp_path: Path) -> None:
+    assert "pictures" not in provenance(0, tmp_path)
+    (tmp_path / "manifest.json").write_text('{"attribution": "drawn by A (CC-BY-4.0)"}')
+    assert provenance(0, tmp_path)["pictures"] == "drawn by A (CC-BY-4.0)"
+    card = tokenizer_card(tiny_tokenizer(), {}, attribution(tmp_path))
+    assert "drawn by A (CC-BY-4.0)" in card and "## Pictures" not in tokenizer_card(tiny_tokenizer(), {})

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage2_prior.evaluation.lengths import length_report
 from stage2_prior.evaluation.neighbours import Bank, neighbour_report, shortest
 
 D = 24
@@ -54,3 +55,23 @@ def test_the_nearest_training_picture_is_shown() -> None:
     nearest = neighbour_report(features, bank, {"1.0": train[5:65]}, real, ({"1.0": train[:3]}, ["t0", "t1", "t2"]))[1]
     assert torch.equal(nearest, train[5:65])
     assert shortest(["a long one", "short", "also1"]) == "short" and shortest([]) == ""
+
+
+def test_lengths_are_compared_on_the_same_samples() -> None:
+    """A space whose latents after the first two are noise: the least distance is at two."""
+
+    class Space:
+        latent_dim, num_latents = 6, 4
+
+        def state_dict(self) -> dict[str, Tensor]:
+            return {"x": torch.zeros(1)}
+
+        def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+            return torch.nn.functional.pad(z.flatten(1), (0, 48 - z.shape[1] * 6)).view(-1, 3, 4, 4)
+
+    real = torch.nn.functional.pad(torch.randn(300, 12), (0, 36)).view(-1, 3, 4, 4)
+    bank = Bank(features(real), ["a"] * 300, torch.arange(300) < 150, real)
+    z = torch.randn(200, 4, 6)
+    report = length_report(features, bank, ["a"] * 200, Space(), {"1.0": z})  # type: ignore[arg-type]
+    assert list(report["distance"]["1.0"]) == [1, 2, 4] and report["best"] == {"1.0": 2}
+    assert report["recognised"]["1.0"] == {1: 1.0, 2: 1.0, 4: 1.0}

@@ -137,7 +137,12 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
     told = metrics["classification_by_likelihood"]
     assert told["lines"] == 3 and told["chance"] == 0.1 and len(told["accuracy_by_prefix"]) == K
     assert metrics["nll"]["lines"] == 4 and len(metrics["nll"]["by_position"]) == K
+    lengths = metrics["lengths"]
+    assert list(lengths["distance"]) == ["1.0", "2.0"] and str(lengths["best"]["1.0"]) in lengths["distance"]["1.0"]
+    assert set(metrics["neighbours"]["nearer_to_training"]) == {"1.0", "2.0"}
+    assert metrics["skipped"][0]["name"] == "frechet[effnet-lite0-1280]"
     page = (run_dir / "generation" / "report.html").read_text()
+    assert "Nearest training picture" in page and "pictures drawn from k latents" in page
     assert "for real pictures of those captions" in page and "Own caption chosen by likelihood" in page
     assert "like is compared with like" in page
     assert "One caption, eight seeds" in page and "unseen combination" in page
@@ -357,8 +362,19 @@ def test_other_latents_are_refused(run_dir: Path, tmp_path: Path, capsys: pytest
         stage2("predict", run_dir, f"--model.tokenizer_dir={tmp_path / 'tokenizer'}")
     assert "other weights or statistics" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        stage2("fit", run_dir, "--overwrite=true", "--model.prior.init_args.num_latents=5")
-    assert "wanted 5 x 4" in capsys.readouterr().err
+        stage2("fit", run_dir, "--overwrite=true", f"--model.prior.init_args.num_latents={K + 1}")
+    assert f"wanted {K + 1} x 4 or more" in capsys.readouterr().err
+
+
+def test_a_prior_may_model_the_first_latents_alone(run_dir: Path, tmp_path: Path) -> None:
+    """Its loss is that of the cut lines, and what it draws decodes as a prefix."""
+    for name in ("data", "latents", "tokenizer"):
+        (tmp_path / name).symlink_to(run_dir / name)
+    stage2("fit", tmp_path, f"--run_dir={tmp_path}", "--model.prior.init_args.num_latents=2")
+    prior, tokenizer = Prior.from_pretrained(tmp_path / "prior"), Tokenizer.from_pretrained(run_dir / "tokenizer")
+    prior.check(tokenizer)
+    z = prior.sample(["a red circle"] * 2, generator=torch.Generator().manual_seed(0))
+    assert z.shape == (2, 2, 4) and tokenizer.decode(z).shape == (2, 3, SIZE, SIZE)
 
 
 def test_latents_without_statistics_are_refused(
