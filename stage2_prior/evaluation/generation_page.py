@@ -154,9 +154,7 @@ def _curves(report: Report, metrics: Mapping[str, Any], guidance: str) -> None:
         curve = {"held-out lines": (line, nll["by_position"])}
         report.curve("Negative log-likelihood by position", "position", "nats per latent", curve)
     lengths = metrics["lengths"]
-    distance = {
-        f"guidance {w}": tuple(map(list, zip(*by_k.items(), strict=True))) for w, by_k in lengths["distance"].items()
-    }
+    drawn = {f"guidance {w}": (list(by_k), list(by_k.values())) for w, by_k in lengths["distance"].items()}
     heading = f"Fréchet distance of pictures drawn from k latents, {lengths['features']} features"
     report.curve(heading, "latents drawn", "distance (lower is better)", drawn)
     if "accuracy" in choice:
