@@ -1,7 +1,7 @@
 """Command line of stage 2.
 
     python -m stage2_prior fit|validate|test|predict --config configs/stage2/NAME.yaml
-    python -m stage2_prior compare|sweep|showcase|patches|pyramid|frequencies|amed --help
+    python -m stage2_prior compare|sweep|probe|showcase|patches|pyramid|frequencies|amed --help
 
 The first four are Lightning's; the others read finished runs or data, and load no config.
 """
@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "compare": "stage2_prior.evaluation.compare",
     "sweep": "stage2_prior.evaluation.sweep",
+    "probe": "stage2_prior.evaluation.probe",
     "showcase": "stage2_prior.evaluation.showcase",
     "patches": "stage2_prior.variants.patches",
     "pyramid": "stage2_prior.variants.pyramid",

@@ -15,7 +15,8 @@ length, and are never grown.
 Letters: B batch, n new tokens, m tokens visible in all, D width, H heads, d = D / H.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -182,6 +183,19 @@ class RotaryBackbone(Backbone):
         rates = 1000.0 ** (-torch.arange(half, device=positions.device) / half)
         angles = positions[:, None] * rates  # (n,d/2)
         return angles.cos(), angles.sin()
+
+
+@contextmanager
+def recorded(backbone: Backbone) -> Iterator[list[Tensor]]:
+    """A list that fills with the stream (B,n,D) of the next `forward`: before the first block and behind each."""
+    stream: list[Tensor] = []
+    hooks = [backbone.blocks[0].register_forward_pre_hook(lambda block, inputs: stream.append(inputs[0]))]
+    hooks += [block.register_forward_hook(lambda block, inputs, x: stream.append(x)) for block in backbone.blocks]
+    try:
+        yield stream
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @lru_cache

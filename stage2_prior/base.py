@@ -26,7 +26,7 @@ from stage2_prior.conditions import Condition, TrainingData
 from stage2_prior.guidance import ALWAYS, Guidance
 from stage2_prior.heads.solvers import Solver
 from stage2_prior.latent_space import LatentSpace, PriorError, SpaceBound, load_space
-from stage2_prior.request import Request, Text
+from stage2_prior.request import Request, States, Text
 
 __all__ = ["LatentSpace", "Prior", "PriorError", "Request", "Text", "load_space"]
 
@@ -121,6 +121,16 @@ class Prior(Spec, SpaceBound):
     def caption(self, z: Tensor) -> list[str]:
         """z (B,K,C) standardised -> a caption of each line. Raises PriorError for a prior that only draws."""
         raise PriorError(f"got a {type(self).__name__}, which does not read lines out; use a CaptioningPrior.")
+
+    def states(self, z: Tensor) -> States:
+        """What the transformer makes of lines z (B,K,C) that it reads without a caption. Raises PriorError for a prior
+        that does not read a line in one run."""
+        raise PriorError(f"got a {type(self).__name__}, which does not read a line in one run; use a CausalPrior.")
+
+    def nothing(self, rows: int) -> Text:
+        """The text of `rows` lines without a caption."""
+        ids = torch.full((rows, 1), self.null, device=self.fingerprint_bytes.device)
+        return Text(ids, torch.ones_like(ids, dtype=torch.bool))
 
     # -- captions -----------------------------------------------------------------------------------------------------
 

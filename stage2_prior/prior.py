@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
-from stage2_prior.backbone import Backbone, Cache
+from stage2_prior.backbone import Backbone, Cache, recorded
 from stage2_prior.base import Prior
 from stage2_prior.conditions import WORD_STD, Condition, TrainingData, WordSum, words_of
 from stage2_prior.heads.base import Head
 from stage2_prior.heads.solvers import Solver
 from stage2_prior.latent_space import PriorError
 from stage2_prior.orders import LearnedOrder, gather_line, scatter_line
-from stage2_prior.request import Request, Text
+from stage2_prior.request import Request, States, Text
 
 __all__ = ["CausalPrior", "Prior", "PriorError", "Text"]
 
@@ -96,6 +96,16 @@ class CausalPrior(Prior):
         """Condition rows of a whole line in a fixed order, by position: row i sees caption and sets before its own."""
         order = self.order.permutation(len(z), self.num_latents, z.device)
         return scatter_line(self.line_conditions(gather_line(z, order), text, order), order)  # (B,K,D)
+
+    @torch.no_grad()
+    def states(self, z: Tensor) -> States:
+        order = self.order.permutation(len(z), self.num_latents, z.device)
+        line = gather_line(self.check_latents(z), order)
+        with self.autocast(), recorded(self.backbone) as stream:
+            self.line_conditions(line, self.nothing(len(z)), order)
+        starts = [end - size for end, size in zip(accumulate(self.sets), self.sets, strict=True)]
+        read = [start for start, size in zip(starts, self.sets, strict=True) for _ in range(size)]
+        return States(torch.stack(stream)[:, :, 1:], line, read)
 
     def line_conditions(
         self, line: Tensor, text: Text, order: Tensor, generator: torch.Generator | None = None, noisy: bool = False

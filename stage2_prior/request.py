@@ -19,6 +19,14 @@ class Text(NamedTuple):
     text_mask: Tensor
 
 
+class States(NamedTuple):
+    """What a transformer makes of lines that it reads, without captions, token by token in the order of modelling."""
+
+    hidden: Tensor  # (depth + 1,B,K,D): the stream before the first block and behind each
+    line: Tensor  # (B,K,C): the latents in that order
+    read: list[int]  # K: how many of these the state at each place has seen
+
+
 @dataclass
 class Request:
     """What `draw` is asked for, checked."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from stage1_tokenizer.flow import interpolate, logit_normal_times, v_from_x
 from stage1_tokenizer.layers import decayed, embedding
 from stage1_tokenizer.text.vocabulary import END, PAD, START, CaptionVocabulary
-from stage2_prior.backbone import Backbone, Cache
+from stage2_prior.backbone import Backbone, Cache, recorded
 from stage2_prior.base import Prior
 from stage2_prior.conditions import WORD_STD, CaptionWords, TrainingData
 from stage2_prior.heads.base import refuse_symbols
@@ -36,7 +36,7 @@ from stage2_prior.heads.nets import TIME_FEATURES, time_features
 from stage2_prior.heads.solvers import Field, Midpoint, Solver
 from stage2_prior.latent_space import PriorError
 from stage2_prior.orders import causal_mask
-from stage2_prior.request import Request, Text
+from stage2_prior.request import Request, States, Text
 
 REFERENCE_SIZE = 32  # side of pictures whose training times are not shifted
 
@@ -214,6 +214,13 @@ class JointPrior(Prior):
         """z (B,K,C) standardised -> the most likely caption of each picture, word by word."""
         with self.autocast():
             return self.read_out(self.check_latents(z))
+
+    @torch.no_grad()
+    def states(self, z: Tensor) -> States:
+        at = self.positions(1, 0, z.device)[: self.num_latents]
+        with self.autocast(), recorded(self.backbone) as stream:
+            self.backbone(self.picture_tokens(self.check_latents(z), z.new_zeros(len(z))), at)
+        return States(torch.stack(stream), z, [self.num_latents] * self.num_latents)
 
     def read_out(self, z: Tensor) -> list[str]:
         length, k = self.vocabulary.context_length, self.num_latents
