@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from stage1_tokenizer.training.callbacks import NaNGuard, NonFiniteLossError
-from stage1_tokenizer.training.checkpoint import RunCheckpoint
 from stage1_tokenizer.training.ema import EMAWeights
 from tests.tiny_run import TinyLit, checkpoint, fresh, run
 
@@ -95,7 +94,8 @@ def test_a_non_finite_loss_stops_with_step_keys_and_parts(tmp_path: Path, capsys
 
 def test_checkpoints_do_not_come_with_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(RunCheckpoint, "_save", lambda self, trainer, keep: saved.append(trainer.global_step))
+    hook = lambda self, checkpoint: saved.append(checkpoint["global_step"])  # noqa: E731
+    monkeypatch.setattr(TinyLit, "on_save_checkpoint", hook)
     run(tmp_path / "steps", "--trainer.max_steps=12")  # epochs of 5 batches
     assert set(saved) == {12}
     saved.clear()
