@@ -61,7 +61,7 @@ def test_what_was_read_is_read_back_and_what_was_not_is_chance() -> None:
     assert found["places"] == [0, 1, 2, 4, 5] == found["read"] and len(found["states"]) == 3
     states = found["states"]
     assert all(abs(by_place[i] - 0.5) < 0.1 for by_place in states for i in (0, 1))  # not read yet
-    assert states[0][2] > 0.95 and states[-1][2] > 0.9, "the token of the third place carries the second latent"
+    assert states[0][2] > 0.95 and states[-1][2] > 0.8, "the token of the third place carries the second latent"
     assert abs(states[0][3] - 0.5) < 0.1, "and the next token another one"
     assert found["latents"][0] is None and abs(found["latents"][1] - 0.5) < 0.1 and found["latents"][2] > 0.95
     assert max(result(coin)["states"][-1]) < 0.6
