@@ -62,15 +62,18 @@ def _prepare_parser() -> ArgumentParser:
         default=None,
         help="folder: where the pictures are, if not beside the captions file",
     )
-    add("--num", type=int, default=0, help="scenes, emoji: how many")
-    add("--seed", type=int, default=0, help="scenes: which ones; emoji: which backgrounds")
+    add("--num", type=int, default=0, help="scenes, glyphs, emoji: how many")
+    add("--seed", type=int, default=0, help="scenes, glyphs: which ones; emoji: which backgrounds")
     add("--max-objects", type=int, default=2, help="scenes: 1, 2 or 3")
     add("--words", type=float, nargs="?", const=1.0, default=0.0, help="scenes: fraction with a word in the picture")
     add("--class-names", type=str, default="", help="of the labels: a,b,c; of classes also a file such as words.txt")
     add("--template", type=str, nargs="+", default=list(TEMPLATES), help="captions of a label, with {label} in them")
     add("--languages", type=str, nargs="+", default=["en"], help="emoji: of the captions, such as en zh")
     add("--background", default="white", choices=("white", "random"), help="emoji: white, or plain colours")
-    add("--size", type=int | None, default=None, help="side in pixels (scenes: 32, emoji: 64, others: 256)")
+    add("--font", type=str, default="", help="glyphs: path of a TrueType or OpenType font")
+    add("--alphabet", type=str, default="", help="glyphs: the characters, U+4E00..U+9FA5, or a file of them")
+    add("--characters", type=int, default=4, help="glyphs: how many in a picture")
+    add("--size", type=int | None, default=None, help="side in pixels (scenes: 32, emoji and glyphs: 64, others: 256)")
     add("--resize", default=None, choices=("center_crop", "keep_ratio", "budget", "no"), help="(center_crop)")
     add("--format", default=None, choices=("jpg", "png", "webp", "keep"), help="of the pictures (up to 64 pixels: png)")
     add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100")
@@ -137,6 +140,9 @@ def _prepare(options: Namespace) -> int:
         class_names=tuple(name.strip() for name in options.class_names.split(",") if name.strip()),
         languages=tuple(options.languages),
         background=options.background,
+        font=options.font,
+        alphabet=options.alphabet,
+        characters=options.characters,
         templates=tuple(options.template),
     )
     config = PrepareConfig(

@@ -2,6 +2,7 @@
 
     scenes     procedural pictures (`data.sources.scenes`), no path
     emoji      emoji with their names (`data.sources.emoji`), no path needed
+    glyphs     random characters of a font of yours (`data.sources.glyphs`), no path
     tars       WebDataset tars, as img2dataset writes them, also behind URLs
     parquet    the layout of the Hugging Face hub: an `image` struct with bytes or paths, a text or a label column
     folder     pictures and a captions file: csv, tsv, jsonl, COCO or Karpathy json (`data.sources.captions`)
@@ -23,6 +24,7 @@ from data.schema import DataError, Source
 from data.sources.captions import find_captions_files
 from data.sources.emoji import Emoji
 from data.sources.folders import class_folders, folder_with_captions, looks_like_classes
+from data.sources.glyphs import Glyphs
 from data.sources.parquet import Parquet, parquet_files
 from data.sources.scenes import Scenes
 from data.sources.tars import Tars
@@ -41,6 +43,7 @@ class SourceConfig:
         num, seed, size, max_objects, words: see `data.sources.scenes.Scenes`.
         class_names: names of the labels, in order, where the files do not carry them; of classes also a file of names.
         languages, background: see `data.sources.emoji.Emoji`.
+        font, alphabet, characters: see `data.sources.glyphs.Glyphs`.
         templates: captions of a labelled picture without text; the name replaces `{label}`.
     """
 
@@ -56,6 +59,9 @@ class SourceConfig:
     templates: tuple[str, ...] = TEMPLATES
     languages: tuple[str, ...] = ("en",)
     background: str = "white"
+    font: str = ""
+    alphabet: str = ""
+    characters: int = 4
 
     def __post_init__(self) -> None:
         for template in self.templates:
@@ -83,6 +89,7 @@ class Kind:
 KINDS = {
     "scenes": Kind(lambda c: Scenes(c.num, c.seed, c.size, c.max_objects, c.words), "none", size=32),
     "emoji": Kind(lambda c: Emoji(c.path, c.size, c.languages, c.background, c.seed, c.num), "none", size=64),
+    "glyphs": Kind(lambda c: Glyphs(c.font, c.alphabet, c.num, c.seed, c.size, c.characters), "none", size=64),
     # Before parquet: img2dataset leaves both in one folder.
     "tars": Kind(lambda c: Tars(c.path), "many", lambda paths: is_remote(paths[0]) or bool(tar_urls(paths))),
     "parquet": Kind(
