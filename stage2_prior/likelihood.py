@@ -14,7 +14,6 @@ Letters: M rows, C latent channels.
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,17 +66,3 @@ def ode_log_prob(field: Field, x: Tensor, steps: int) -> Tensor:
             log_det = log_det + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
     normal = -0.5 * x.square().sum(-1) - 0.5 * x.shape[-1] * math.log(2 * math.pi)
     return normal + log_det
-
-
-class Density(Protocol):
-    """What classification by likelihood asks of a prior."""
-
-    def log_prob(self, z: Tensor, captions: list[str], steps: int = 32) -> Tensor: ...
-
-
-def caption_log_prob(prior: Density, z: Tensor, captions: list[str], steps: int = 16) -> Tensor:
-    """log p(z | caption) of every line under every caption: z (B,K,C), N captions -> (B,N) nats.
-
-    Its argmax over N names classifies by likelihood; the differences over positions say which latents decide.
-    """
-    return torch.stack([prior.log_prob(z, [caption] * len(z), steps).sum(1) for caption in captions], dim=1)

@@ -43,7 +43,9 @@ def stage2(*args: str) -> None:
     run_cli("stage2", LitPrior, PriorDataModule, "python -m stage2_prior", list(args))
 
 
-VARIANTS = sorted(p.stem for p in (CONFIGS / "variants").glob("*.yaml") if not p.stem.startswith("prior_"))
+VARIANTS = sorted(
+    p.stem for p in (CONFIGS / "variants").glob("*.yaml") if not p.stem.startswith(("prior_", "streaming"))
+)
 EXTRA = {v: ["--model.adversarial.init_args.start_step=1"] for v in ("adversarial", "adversarial_decoder")}
 SAME_PARTS = (*EXTRA, "no_linear_path")  # other training, or a part that the demo has not
 FROZEN = ("flow_decoder", "flow_decoder_64", "adversarial_decoder")  # variants that tune the decoder of a run
@@ -75,6 +77,19 @@ def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Pa
     if variant in FROZEN:
         assert tokenizer.fingerprint == base.fingerprint, "a frozen latent space stays as it is"
     assert tokenizer.spec != base.spec or variant in SAME_PARTS, "other parts"
+    metrics = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/psnr_16" in line for line in metrics)
+
+
+def test_a_tokenizer_trains_on_a_stream(demo: Path, tmp_path: Path) -> None:
+    configs = [f"--config={CONFIGS / name}" for name in ("stage1/demo.yaml", "variants/streaming.yaml")]
+    data = [f"--data.train_urls=['{demo}/data/train/*.tar']", f"--data.val_dir={demo / 'data'}", "--data.batch_size=4"]
+    sizes = ["--data.steps_per_epoch=4", "--data.shuffle_buffer=8", "--model.passes.statistics_images=16"]
+    stage1("fit", *configs, f"--run_dir={tmp_path}", *data, *sizes, *SHRUNK[:5])
+    tokenizer, base = (Tokenizer.from_pretrained(folder / "tokenizer") for folder in (tmp_path, demo))
+    (known, other), _ = tokenizer.vocabulary.encode(["red", "unheard"])
+    assert not torch.equal(known, other), "the vocabulary is that of the stream"
+    assert tokenizer.fingerprint != base.fingerprint
     metrics = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
     assert any("val/psnr_16" in line for line in metrics)
 

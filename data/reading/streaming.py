@@ -13,6 +13,7 @@ WebDataset's own decoders are not used: they unpickle what a tar brings along. N
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -70,14 +71,8 @@ class Stream(IterableDataset[dict[str, Any]]):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
         seed = f"{self.seed} {self.epoch} {self.rank} {worker}"
-        pipeline = webdataset.DataPipeline(
-            webdataset.ResampledShards(self.urls, seed=seed, worker_seed=lambda: 0, deterministic=True),
-            self._open,
-            functools.partial(tar_file_expander, handler=self._note, select_files=_is_read),
-            functools.partial(group_by_keys, handler=self._note),
-            webdataset.filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(seed)),
-            self._decode,
-        )
+        shuffle = webdataset.filters.shuffle(self.buffer, initial=self.buffer, rng=random.Random(seed))
+        pipeline = self._pipeline(seed, shuffle, self._decode)
         batch: list[dict[str, Any]] = []
         left = (self.steps + workers - 1 - worker) // workers
         for sample in pipeline if left else ():
@@ -88,6 +83,20 @@ class Stream(IterableDataset[dict[str, Any]]):
                 left -= 1
                 if not left:
                     return
+
+    def captions(self) -> Iterator[list[str]]:
+        """Captions of one epoch's worth of samples, the same on every rank, without decoding pictures."""
+        for sample in itertools.islice(self._pipeline(str(self.seed)), self.steps * self.batch_size):
+            yield captions_of(_record(sample), sample.get("txt"))
+
+    def _pipeline(self, seed: str, *stages: Any) -> webdataset.DataPipeline:
+        return webdataset.DataPipeline(
+            webdataset.ResampledShards(self.urls, seed=seed, worker_seed=lambda: 0, deterministic=True),
+            self._open,
+            functools.partial(tar_file_expander, handler=self._note, select_files=_is_read),
+            functools.partial(group_by_keys, handler=self._note),
+            *stages,
+        )
 
     def _open(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for shard in shards:
@@ -103,8 +112,7 @@ class Stream(IterableDataset[dict[str, Any]]):
             try:
                 if member is None:
                     raise DataError(f"sample {sample['__key__']} of {sample['__url__']} has no picture")
-                record = json.loads(sample.get("json", b"{}"))
-                record = record if isinstance(record, dict) else {}
+                record = _record(sample)
                 yield {
                     "images": decode_image(sample["__key__"], sample[member], self.image_size),
                     "captions": captions_of(record, sample.get("txt")),
@@ -174,17 +182,17 @@ class StreamDataModule(LightningDataModule):
     def train_dataloader(self) -> StreamLoader:
         """An endless stream, cut into epochs of `steps_per_epoch`."""
         rank = self.trainer.global_rank if self.trainer is not None else 0
-        stream = Stream(
-            self.urls,
-            self.image_size,
-            self.batch_size,
-            self.steps_per_epoch,
-            self.shuffle_buffer,
-            self.seed,
-            rank,
-            self.most_errors,
-        )
-        return StreamLoader(stream, batch_size=None, collate_fn=as_is, num_workers=self.num_workers)
+        return StreamLoader(self._stream(rank), batch_size=None, collate_fn=as_is, num_workers=self.num_workers)
+
+    def captions(self, split: str) -> Iterator[list[str]]:
+        """Captions for a vocabulary: of an epoch's worth of the training stream. Raises DataError for another split."""
+        if split != "train":
+            raise DataError(f"a stream has no split {split}, only train")
+        yield from self._stream(0).captions()
+
+    def _stream(self, rank: int) -> Stream:
+        sizes = (self.image_size, self.batch_size, self.steps_per_epoch, self.shuffle_buffer)
+        return Stream(self.urls, *sizes, self.seed, rank, self.most_errors)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The val split of `val_dir` in stored order; nothing where there is none."""
@@ -198,6 +206,11 @@ class StreamDataModule(LightningDataModule):
     ) -> dict[str, Any]:
         """Move the tensors; texts and attributes are not walked through."""
         return {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
+
+
+def _record(sample: dict[str, Any]) -> dict[str, Any]:
+    record = json.loads(sample.get("json", b"{}"))
+    return record if isinstance(record, dict) else {}
 
 
 def _is_read(name: str) -> bool:

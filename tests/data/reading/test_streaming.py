@@ -53,6 +53,17 @@ def test_a_stream_counts_what_it_cannot_read_and_ends_above_its_limit(tmp_path: 
         StreamDataModule([str(tmp_path / "nothing-*.tar")])
 
 
+def test_captions_of_a_stream_are_those_of_its_samples_on_every_rank(tmp_path: Path) -> None:
+    data = stream(foreign(tmp_path))
+    captions = list(data.captions("train"))
+    assert len(captions) == 40 and captions == list(data.captions("train"))
+    loader = data.train_dataloader()
+    read = {f"text {key}" for _ in range(6) for key in keys_of(loader)}
+    assert {text for texts in captions for text in texts} <= read and len(read) == 40
+    with pytest.raises(DataError, match="no split val"):
+        next(data.captions("val"))
+
+
 def test_a_stream_validates_on_an_indexed_directory(tmp_path: Path) -> None:
     scenes = tmp_path / "scenes"
     prepared(SourceConfig("scenes", num=20, size=16, seed=4), scenes, shard_size=15)
