@@ -2,6 +2,7 @@ from .bottleneck import Bottleneck as Bottleneck, KLBottleneck as KLBottleneck
 from .decoder import Decoder as Decoder, PixelDecoder as PixelDecoder, ViTDecoder as ViTDecoder
 from .encoder import Encoder as Encoder, PatchTrunk as PatchTrunk, QFormerEncoder as QFormerEncoder, Trunk as Trunk
 from .linear_path import LinearPath as LinearPath
+from .predictor import LatentPredictor as LatentPredictor
 from .prefixes import PrefixLengths as PrefixLengths
 from .supervision import Supervision as Supervision
 from .text.captioner import PrefixCaptioner as PrefixCaptioner

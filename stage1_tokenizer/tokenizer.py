@@ -24,8 +24,10 @@ from stage1_tokenizer.bottleneck import Bottleneck
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
 from stage1_tokenizer.export import load_module, push_module, save_module
+from stage1_tokenizer.layers import training_only
 from stage1_tokenizer.linear_path import LinearPath
 from stage1_tokenizer.precision import held_autocast, hold_weights
+from stage1_tokenizer.predictor import LatentPredictor
 from stage1_tokenizer.prefixes import PrefixLengths, keep_mask
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.supervision import Supervision
@@ -42,11 +44,12 @@ class Tokenizer(Spec, nn.Module):
         lengths: which prefixes a training step decodes besides the full length; None decodes the full length only.
         text: text supervision of prefixes; None for a tokenizer that knows no captions.
         linear_path: fixed principal components beside the encoder and decoder (photographs); None for none.
+        predictor: a small causal model of the line that is trained along; None for none.
     """
 
     latent_mean: Tensor
     latent_scale: Tensor
-    training_state = ("text.memory.",)  # in checkpoints, not in exports
+    training_state = ("text.memory.", "predictor.")  # in checkpoints, not in exports
     held = torch.float32  # dtype of the linear layers' weights
     identity = ""  # the fingerprint, where weights are held rounded
     checks_pixels = True  # of `encode`: False where who decoded them vouches for it, since a look waits for a GPU
@@ -60,16 +63,18 @@ class Tokenizer(Spec, nn.Module):
         lengths: PrefixLengths | None = None,
         text: Supervision | None = None,
         linear_path: LinearPath | None = None,
+        predictor: LatentPredictor | None = None,
     ):
         super().__init__()
+        training_only(self, "predictor")
         parts: dict[str, Any] = {"bottleneck": bottleneck, "decoder": decoder, "lengths": lengths}
-        parts["linear_path"] = linear_path
+        parts |= {"linear_path": linear_path, "predictor": predictor}
         if text is not None:
             parts |= {f"text.{name}": part for name, part in text.sized().items()}
         check_sizes(encoder, bottleneck, parts)
         self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
-        self.lengths, self.text, self.linear_path = lengths, text, linear_path
+        self.lengths, self.text, self.linear_path, self.predictor = lengths, text, linear_path, predictor
         self.described = describe(encoder.spec, bottleneck.spec)
         if linear_path is not None:
             bottleneck.start_silent()
@@ -159,6 +164,8 @@ class Tokenizer(Spec, nn.Module):
         parts |= pixel_parts
         if text_step and self.text is not None and ids is not None:
             parts |= self.text.losses(z_text, ids)
+        if self.predictor is not None:
+            parts |= self.predictor.losses(z)
         return parts, reconstruction
 
     def pixel_losses(self, z: Tensor, images: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -177,7 +184,7 @@ class Tokenizer(Spec, nn.Module):
             parts["prefix"] = self.lengths.weight * error[batch:].mean()
         return parts, x[:batch]
 
-    objective = ("pixel", "prefix", "kl", "commit", "text", "caption")
+    objective = ("pixel", "prefix", "kl", "commit", "text", "caption", "predictor")
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The sum of the parts in `objective`. Raises ValueError for another part that has a gradient: a loss that is

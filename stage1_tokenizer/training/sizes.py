@@ -28,11 +28,20 @@ LINKS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("image_size", f"{TOKENIZER}.linear_path", "image_size"),
         *(
             ("num_latents", f"{TOKENIZER}.{part}", "num_latents")
-            for part in ("encoder", "bottleneck", "decoder", "lengths", "linear_path", "text.reader", "text.captioner")
+            for part in (
+                "encoder",
+                "bottleneck",
+                "decoder",
+                "lengths",
+                "linear_path",
+                "predictor",
+                "text.reader",
+                "text.captioner",
+            )
         ),
         *(
             ("latent_dim", f"{TOKENIZER}.{part}", "latent_dim")
-            for part in ("bottleneck", "decoder", "linear_path", "text.reader", "text.captioner")
+            for part in ("bottleneck", "decoder", "linear_path", "predictor", "text.reader", "text.captioner")
         ),
         ("width", f"{TOKENIZER}.encoder.trunk", "width"),
         ("width", f"{TOKENIZER}.bottleneck", "width"),

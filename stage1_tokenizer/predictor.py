@@ -1,0 +1,64 @@
+"""A small causal model of the line, trained along with the tokenizer: latents that are easy to read on from.
+
+A prior will have to model what the encoder makes. Here it has a say while the encoder learns: the share of a latent's
+variance that the latents before it leave open is a loss on both. It is a share, so that an encoder gains nothing by
+shrinking its latents; what it can do is to let later latents follow from earlier ones, which costs pixels. EOSTok (2026)
+trains tokenizer and prior together over discrete tokens; this is a small continuous counterpart.
+
+Letters: B batch, K latents, C latent channels, D width.
+"""
+
+from torch import Tensor, nn
+
+from stage1_tokenizer.layers import Block, LayerNorm, causal_mask, decayed, embedding
+from stage1_tokenizer.spec import Spec
+
+LEAST_VARIANCE = 1e-4  # of a position, so that one that has collapsed is not divided by nothing
+
+
+class LatentPredictor(Spec, nn.Module):
+    """Predicts every latent but the first from those before it. It trains a tokenizer and is not exported with it.
+
+    Args:
+        num_latents, latent_dim: K and C of the tokenizer.
+        width, depth, heads: of its transformer.
+        weight: factor of the unexplained share of variance, beside a mean squared error of pixels in [-1, 1].
+    """
+
+    causal: Tensor
+
+    def __init__(
+        self,
+        num_latents: int = 16,
+        latent_dim: int = 16,
+        width: int = 64,
+        depth: int = 2,
+        heads: int = 2,
+        weight: float = 0.01,
+    ):
+        super().__init__()
+        if num_latents < 2 or not weight > 0:
+            raise ValueError(f"got num_latents {num_latents}, weight {weight}; want at least 2 and a weight above 0.")
+        self.num_latents, self.latent_dim, self.weight = num_latents, latent_dim, weight
+        self.latent_in = decayed(nn.Linear(latent_dim, width))
+        self.position = embedding(num_latents - 1, width, std=0.7)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = LayerNorm(width)
+        self.out = decayed(nn.Linear(width, latent_dim))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.register_buffer("causal", causal_mask(num_latents - 1), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (B,K,C) -> (B,K-1,C): what is expected of latents 2 to K, each from those before it."""
+        x = self.latent_in(z[:, :-1]) + self.position  # (B,K-1,D)
+        for block in self.blocks:
+            x = block(x, self_mask=self.causal)
+        return self.out(self.norm(x)).float()
+
+    def losses(self, z: Tensor) -> dict[str, Tensor]:
+        """z (B,K,C) -> `predictor`, to be minimised; to log, `unpredicted`: the share of variance left, near 0 to 1."""
+        target = z[:, 1:].float()
+        error = (self(z) - target).square().mean((0, 2))  # (K-1,)
+        share = error / target.var(0, correction=0).mean(-1).clamp_min(LEAST_VARIANCE)
+        return {"predictor": self.weight * share.mean(), "unpredicted": share.mean().detach()}
