@@ -2,12 +2,17 @@
 
 A prior will have to model what the encoder makes. Here it has a say while the encoder learns: the share of a latent's
 variance that the latents before it leave open is a loss on both. It is a share, so that an encoder gains nothing by
-shrinking its latents; what it can do is to let later latents follow from earlier ones, which costs pixels. EOSTok (2026)
-trains tokenizer and prior together over discrete tokens; this is a small continuous counterpart.
+shrinking its latents; what it can do is to let later latents follow from earlier ones, which costs pixels. With
+`reconstruction` the predictions also go through the decoder, all at once, and are asked for the picture: predictor,
+decoder and encoder then learn what of a latent is worth predicting. EOSTok (2026) trains tokenizer and prior together
+over discrete tokens; this is a small continuous counterpart.
 
 Letters: B batch, K latents, C latent channels, D width.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import Block, LayerNorm, causal_mask, decayed, embedding
@@ -23,6 +28,8 @@ class LatentPredictor(Spec, nn.Module):
         num_latents, latent_dim: K and C of the tokenizer.
         width, depth, heads: of its transformer.
         weight: factor of the unexplained share of variance, beside a mean squared error of pixels in [-1, 1].
+        reconstruction: factor of the decoder's loss on the first latent and the predictions of all others; 0 leaves it
+            out, above it costs a second run of the decoder.
     """
 
     causal: Tensor
@@ -35,11 +42,16 @@ class LatentPredictor(Spec, nn.Module):
         depth: int = 2,
         heads: int = 2,
         weight: float = 0.01,
+        reconstruction: float = 0.0,
     ):
         super().__init__()
-        if num_latents < 2 or not weight > 0:
-            raise ValueError(f"got num_latents {num_latents}, weight {weight}; want at least 2 and a weight above 0.")
+        if num_latents < 2 or not weight > 0 or reconstruction < 0:
+            raise ValueError(
+                f"got num_latents {num_latents}, weight {weight}, reconstruction {reconstruction}; want at least 2"
+                " latents, a weight above 0 and a reconstruction of at least 0."
+            )
         self.num_latents, self.latent_dim, self.weight = num_latents, latent_dim, weight
+        self.reconstruction = reconstruction
         self.latent_in = decayed(nn.Linear(latent_dim, width))
         self.position = embedding(num_latents - 1, width, std=0.7)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -56,9 +68,15 @@ class LatentPredictor(Spec, nn.Module):
             x = block(x, self_mask=self.causal)
         return self.out(self.norm(x)).float()
 
-    def losses(self, z: Tensor) -> dict[str, Tensor]:
-        """z (B,K,C) -> `predictor`, to be minimised; to log, `unpredicted`: the share of variance left, near 0 to 1."""
-        target = z[:, 1:].float()
-        error = (self(z) - target).square().mean((0, 2))  # (K-1,)
+    def losses(self, z: Tensor, pixels: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """z (B,K,C) -> `predictor` and, if asked for, `predicted`, both to be minimised; `unpredicted`: share, to log.
+
+        pixels: the decoder's loss on latents (B,K,C) of these pictures, a scalar.
+        """
+        guess, target = self(z), z[:, 1:].float()
+        error = (guess - target).square().mean((0, 2))  # (K-1,)
         share = error / target.var(0, correction=0).mean(-1).clamp_min(LEAST_VARIANCE)
-        return {"predictor": self.weight * share.mean(), "unpredicted": share.mean().detach()}
+        parts = {"predictor": self.weight * share.mean(), "unpredicted": share.mean().detach()}
+        if self.reconstruction:
+            parts["predicted"] = self.reconstruction * pixels(torch.cat([z[:, :1], guess.to(z.dtype)], dim=1))
+        return parts

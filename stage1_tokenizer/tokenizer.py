@@ -165,7 +165,7 @@ class Tokenizer(Spec, nn.Module):
         if text_step and self.text is not None and ids is not None:
             parts |= self.text.losses(z_text, ids)
         if self.predictor is not None:
-            parts |= self.predictor.losses(z)
+            parts |= self.predictor.losses(z, lambda guess: self.full_error(guess, images))
         return parts, reconstruction
 
     def pixel_losses(self, z: Tensor, images: Tensor, step: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -184,7 +184,11 @@ class Tokenizer(Spec, nn.Module):
             parts["prefix"] = self.lengths.weight * error[batch:].mean()
         return parts, x[:batch]
 
-    objective = ("pixel", "prefix", "kl", "commit", "text", "caption", "predictor")
+    def full_error(self, z: Tensor, images: Tensor) -> Tensor:
+        keep = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        return self.decoder.losses(z, keep, images, self.base(z, keep))[1].mean()
+
+    objective = ("pixel", "prefix", "kl", "commit", "text", "caption", "predictor", "predicted")
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The sum of the parts in `objective`. Raises ValueError for another part that has a gradient: a loss that is

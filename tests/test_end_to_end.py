@@ -47,7 +47,12 @@ VARIANTS = sorted(
     p.stem for p in (CONFIGS / "variants").glob("*.yaml") if not p.stem.startswith(("prior_", "streaming"))
 )
 EXTRA = {v: ["--model.adversarial.init_args.start_step=1"] for v in ("adversarial", "adversarial_decoder")}
-SAME_PARTS = (*EXTRA, "no_linear_path", "next_latent")  # other training, or a part that the demo has not
+SAME_PARTS = (
+    *EXTRA,
+    "no_linear_path",
+    "next_latent",
+    "next_latent_pixels",
+)  # other training, or a part that the demo has not
 FROZEN = ("flow_decoder", "flow_decoder_64", "adversarial_decoder")  # variants that tune the decoder of a run
 
 

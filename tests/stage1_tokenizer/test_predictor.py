@@ -29,17 +29,17 @@ def test_the_share_is_one_where_nothing_is_known_and_none_where_all_is() -> None
     g = torch.Generator().manual_seed(1)
     noise, repeated = torch.randn(512, K, C, generator=g), torch.randn(512, 1, C, generator=g).expand(-1, K, -1)
     for z in (noise, 5 * noise):
-        assert predictor().losses(z)["unpredicted"].item() == pytest.approx(1.0, abs=0.02)
+        assert predictor().losses(z, torch.mean)["unpredicted"].item() == pytest.approx(1.0, abs=0.02)
     left = {}
     for name, z in (("noise", noise), ("repeated", repeated)):
         model = predictor()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(120):
-            loss = model.losses(z)["predictor"]
+            loss = model.losses(z, torch.mean)["predictor"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        left[name] = model.losses(z)["unpredicted"].item()
+        left[name] = model.losses(z, torch.mean)["unpredicted"].item()
     assert left["repeated"] < 0.1 and left["noise"] > 0.6
 
 
@@ -62,6 +62,23 @@ def test_it_pulls_at_the_encoder_and_at_itself_by_its_weight() -> None:
     torch.testing.assert_close(2 * pulls[0], pulls[1])  # type: ignore[operator]
 
 
+def test_predictions_are_asked_for_the_picture_and_teach_decoder_and_encoder() -> None:
+    tokenizer = tiny_tokenizer().train()
+    tokenizer.predictor = predictor(reconstruction=0.5)
+    awaken(tokenizer.predictor)
+    z, images = torch.randn(5, K, C, requires_grad=True), pictures()
+    parts = tokenizer.predictor.losses(z, lambda guess: tokenizer.full_error(guess, images))
+    keep = torch.ones(5, K, dtype=torch.bool)
+    line = torch.cat([z[:, :1], tokenizer.predictor(z)], dim=1)
+    wanted = 0.5 * (tokenizer.decoder.decode(line, keep) - images).square().mean()
+    torch.testing.assert_close(parts["predicted"], wanted)
+    assert "predicted" in tokenizer.objective and "predicted" not in predictor().losses(z, torch.mean)
+    parts["predicted"].backward()
+    for part in (tokenizer.decoder, tokenizer.predictor):
+        assert any(p.grad is not None and p.grad.any() for p in part.parameters())
+    assert z.grad is not None and z.grad[:, :-1].any() and not z.grad[:, -1].any()  # nothing follows the last latent
+
+
 def test_an_export_knows_nothing_of_it_and_is_a_start_for_it(tmp_path: Path) -> None:
     plain = tiny_tokenizer()
     own = Tokenizer(
@@ -79,8 +96,9 @@ def test_an_export_knows_nothing_of_it_and_is_a_start_for_it(tmp_path: Path) -> 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="num_latents 1"):
         LatentPredictor(1, C)
-    with pytest.raises(ValueError, match="weight 0"):
-        LatentPredictor(K, C, weight=0.0)
+    for options in ({"weight": 0.0}, {"reconstruction": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            LatentPredictor(K, C, **options)  # type: ignore[arg-type]
     plain = tiny_tokenizer()
     with pytest.raises(ValueError, match="predictor.num_latents is 9"):
         Tokenizer(plain.image_size, plain.encoder, plain.bottleneck, plain.decoder, predictor=LatentPredictor(9, C))
