@@ -94,7 +94,7 @@ class Prior(Spec, SpaceBound):
         with self.autocast():
             return self.draw(request)
 
-    def draw(self, ask: Request) -> Tensor:
+    def draw(self, request: Request) -> Tensor:
         """The checked request of `sample` -> z (B,n,C) float32."""
         raise NotImplementedError
 

@@ -143,16 +143,16 @@ class CausalPrior(Prior):
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
-    def draw(self, ask: Request) -> Tensor:
-        m, n_words, device = ask.captions, ask.text.ids.shape[1], ask.text.ids.device
-        p, n, ends = ask.prefix.shape[1], ask.num_latents, list(accumulate(self.sets))
-        plan = self.head.plan(ask.steps, ask.solver)
-        order = self.order.permutation(m, self.num_latents, device, ask.generator, cuts=(p, n))
-        mask, positions = self.order.mask(ask.text.text_mask, self.num_latents), self.token_positions(n_words)
-        cache = self.read_words(ask.text, m, mask, positions)
-        words = None if self.word_sum is None else self.word_sum(ask.text.ids, ask.text.text_mask)  # (R,1,D)
-        guided_until = max((i + 1 for i in range(p, n) if ask.scales[i] != 1), default=p)
-        given = gather_line(ask.prefix, order[:, :p])  # (B,p,C)
+    def draw(self, request: Request) -> Tensor:
+        m, n_words, device = request.captions, request.text.ids.shape[1], request.text.ids.device
+        p, n, ends = request.prefix.shape[1], request.num_latents, list(accumulate(self.sets))
+        plan = self.head.plan(request.steps, request.solver)
+        order = self.order.permutation(m, self.num_latents, device, request.generator, cuts=(p, n))
+        mask, positions = self.order.mask(request.text.text_mask, self.num_latents), self.token_positions(n_words)
+        cache = self.read_words(request.text, m, mask, positions)
+        words = None if self.word_sum is None else self.word_sum(request.text.ids, request.text.text_mask)  # (R,1,D)
+        guided_until = max((i + 1 for i in range(p, n) if request.scales[i] != 1), default=p)
+        given = gather_line(request.prefix, order[:, :p])  # (B,p,C)
         line, first = [given], bisect_right(ends, p)  # the first set that is not wholly given
         tokens = self.line_tokens(self.latent_in(given[:, : sum(self.sets[:first])]))  # of the sets up to it
         for index in range(first, bisect_left(ends, n) + 1 if p < n else first):
@@ -171,11 +171,11 @@ class CausalPrior(Prior):
             drawn = self.head.sample(
                 cond[:m].flatten(0, 1),
                 cond[m:].flatten(0, 1) if len(cond) > m else None,
-                sum(ask.scales[start:stop]) / (stop - start),
-                interval=ask.interval,
+                sum(request.scales[start:stop]) / (stop - start),
+                interval=request.interval,
                 plan=plan,
-                temperature=ask.temperature,
-                generator=ask.generator,
+                temperature=request.temperature,
+                generator=request.generator,
             ).unflatten(0, (m, stop - start))  # (B,s,C)
             line.append(drawn)
             if end < n:

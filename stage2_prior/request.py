@@ -1,4 +1,4 @@
-"""What passes between a prior's contract and its members: captions as tokens, and a sample as it is asked for.
+"""What passes between a prior's contract and its members: captions as tokens, and a sample as requested.
 
 Letters: B captions, R rows (captions and their unconditional twins), K latents, C latent channels, L caption tokens.
 """
@@ -29,7 +29,7 @@ class States(NamedTuple):
 
 @dataclass
 class Request:
-    """What `draw` is asked for, checked."""
+    """Arguments of `draw`, checked."""
 
     text: Text  # R rows: B captions and, where guidance needs them, their B unconditional twins behind
     prefix: Tensor  # (B,p,C) float32: the first latents, p may be 0; kept where `known`

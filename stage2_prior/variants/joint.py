@@ -174,21 +174,24 @@ class JointPrior(Prior):
 
     # -- text to picture ----------------------------------------------------------------------------------------------
 
-    def draw(self, ask: Request) -> Tensor:
+    def draw(self, request: Request) -> Tensor:
         """The whole picture at once; there is no prefix of one. The scale of guidance is the mean over positions."""
-        if ask.prefix.shape[1] or ask.num_latents < self.num_latents:
+        if request.prefix.shape[1] or request.num_latents < self.num_latents:
             raise PriorError("got a prefix or num_latents for a JointPrior, which draws whole pictures; leave it out.")
-        solver, m, rows = self.chosen(ask.steps, ask.solver), ask.captions, len(ask.text.ids)
-        n_words, device = ask.text.ids.shape[1], ask.text.ids.device
-        scale, at = sum(ask.scales) / len(ask.scales), self.positions(1, n_words, device)[: n_words + self.num_latents]
-        mask = causal_mask(ask.text.text_mask, self.num_latents)
+        solver, m, rows = self.chosen(request.steps, request.solver), request.captions, len(request.text.ids)
+        n_words, device = request.text.ids.shape[1], request.text.ids.device
+        scale, at = (
+            sum(request.scales) / len(request.scales),
+            self.positions(1, n_words, device)[: n_words + self.num_latents],
+        )
+        mask = causal_mask(request.text.text_mask, self.num_latents)
         mask[..., n_words:, n_words:] = True
         cache = self.backbone.new_cache(rows, n_words + self.num_latents)
-        self.backbone(self.words(ask.text.ids), at[:n_words], word_mask(ask.text.text_mask), cache)
+        self.backbone(self.words(request.text.ids), at[:n_words], word_mask(request.text.text_mask), cache)
 
         def original(x_t: Tensor, t: float, asked: float) -> Tensor:
             """The original as expected from x_t (B,K,C) on the linear path; `asked`: the solver's time."""
-            guided = rows > m and scale != 1 and ask.interval[0] <= asked <= ask.interval[1]
+            guided = rows > m and scale != 1 and request.interval[0] <= asked <= request.interval[1]
             active = rows if guided else m
             tokens = self.picture_tokens(x_t, torch.full((m,), t, device=device)).repeat(active // m, 1, 1)
             h = self.backbone(tokens, at[n_words:], mask[:active, :, n_words:], cache.keep_rows(active))
@@ -196,8 +199,8 @@ class JointPrior(Prior):
             return torch.lerp(x[m:], x[:m], scale) if guided else x
 
         shape = (m, self.num_latents, self.latent_dim)
-        noise = torch.randn(shape, generator=ask.generator, device=device) * ask.temperature
-        return solver(field_for(solver, original), noise, ask.generator, ask.temperature)
+        noise = torch.randn(shape, generator=request.generator, device=device) * request.temperature
+        return solver(field_for(solver, original), noise, request.generator, request.temperature)
 
     def chosen(self, steps: int | None, solver: Solver | None) -> Solver:
         chosen = self.solver if solver is None else solver

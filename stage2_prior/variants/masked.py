@@ -129,31 +129,36 @@ class MaskedPrior(Prior):
         with self.autocast():
             return self.draw(request)
 
-    def draw(self, ask: Request) -> Tensor:
-        m, n, device, plan = ask.captions, ask.num_latents, ask.text.ids.device, self.head.plan(ask.steps, ask.solver)
-        left = self.num_latents - ask.known.shape[1]
-        known = F.pad(ask.known, (0, left))  # (B,K)
-        z = F.pad(ask.prefix, (0, 0, 0, left)) * known[..., None]  # (B,K,C)
-        order = self.order.permutation(m, self.num_latents, device, ask.generator, cuts=(n,))
+    def draw(self, request: Request) -> Tensor:
+        m, n, device, plan = (
+            request.captions,
+            request.num_latents,
+            request.text.ids.device,
+            self.head.plan(request.steps, request.solver),
+        )
+        left = self.num_latents - request.known.shape[1]
+        known = F.pad(request.known, (0, left))  # (B,K)
+        z = F.pad(request.prefix, (0, 0, 0, left)) * known[..., None]  # (B,K,C)
+        order = self.order.permutation(m, self.num_latents, device, request.generator, cuts=(n,))
         order = gather_line(
             order, gather_line(~known, order).long().argsort(dim=1, stable=True)
         )  # the given ones first
-        done, twins = int(known.sum(1).min()), len(ask.text.ids) // m
+        done, twins = int(known.sum(1).min()), len(request.text.ids) // m
         for end in self.set_ends():
             chosen = order[:, done : min(end, n)]  # (B,s)
             if not chosen.shape[1]:
                 continue
-            rows = self.conditions(z.repeat(twins, 1, 1), known.repeat(twins, 1), ask.text)
+            rows = self.conditions(z.repeat(twins, 1, 1), known.repeat(twins, 1), request.text)
             cond = gather_line(rows, chosen.repeat(twins, 1)).flatten(0, 1)  # (B s,D), then those of the twins
             size = chosen.shape[1]
             drawn = self.head.sample(
                 cond[: m * size],
                 cond[m * size :] if twins > 1 else None,
-                sum(ask.scales[done : done + size]) / size,
-                interval=ask.interval,
+                sum(request.scales[done : done + size]) / size,
+                interval=request.interval,
                 plan=plan,
-                temperature=ask.temperature,
-                generator=ask.generator,
+                temperature=request.temperature,
+                generator=request.generator,
             ).unflatten(0, (m, size))
             drawn = torch.where(known.gather(1, chosen)[..., None], gather_line(z, chosen), drawn)  # more given here
             z = z.scatter(1, chosen[..., None].expand(-1, -1, self.latent_dim), drawn)

@@ -114,13 +114,18 @@ class NoiseExtendedPrior(Prior):
         answer = self.answers(z, x_t, t, self.drop_captions(text, generator))
         return self.output.error(z[:, None], noise, answer, t[..., None], generator).mean(dim=(1, -1))  # (B,K)
 
-    def draw(self, ask: Request) -> Tensor:
-        solver = self.chosen(ask.steps, ask.solver)
-        m, rows, n_words, device = ask.captions, len(ask.text.ids), ask.text.ids.shape[1], ask.text.ids.device
-        p, scales = ask.prefix.shape[1], ask.scales
+    def draw(self, request: Request) -> Tensor:
+        solver = self.chosen(request.steps, request.solver)
+        m, rows, n_words, device = (
+            request.captions,
+            len(request.text.ids),
+            request.text.ids.shape[1],
+            request.text.ids.device,
+        )
+        p, scales = request.prefix.shape[1], request.scales
         positions = token_positions(n_words, self.words.context_length, self.num_latents, device)
         # The first L+K rows and columns are the clean tokens'.
-        mask = noise_extended_mask(ask.text.text_mask, self.num_latents, 1)
+        mask = noise_extended_mask(request.text.text_mask, self.num_latents, 1)
         cache = self.backbone.new_cache(rows, n_words + self.num_latents + 1)
 
         def read(tokens: Tensor) -> None:
@@ -131,16 +136,16 @@ class NoiseExtendedPrior(Prior):
         def clean(z: Tensor) -> Tensor:
             return self.latent_in(z).to(self.kind.dtype).repeat(rows // m, 1, 1)  # (R,n,D)
 
-        read(self.words(ask.text.ids))
-        line = list(ask.prefix.unbind(1))
+        read(self.words(request.text.ids))
+        line = list(request.prefix.unbind(1))
         if p:
-            read(clean(ask.prefix))
-        for i in range(p, ask.num_latents):
+            read(clean(request.prefix))
+        for i in range(p, request.num_latents):
             at = n_words + i
             sees_clean = mask[:, :, at : at + 1, : at + 1]  # words, clean latents before i, and the token itself
 
             def field(x: Tensor, t: float, i: int = i, at: int = at, sees: Tensor = sees_clean) -> Tensor:
-                guided = rows > m and scales[i] != 1 and ask.interval[0] <= t <= ask.interval[1]
+                guided = rows > m and scales[i] != 1 and request.interval[0] <= t <= request.interval[1]
                 active = rows if guided else m
                 token = self.copy_tokens(x, torch.full((m,), t, device=device)).repeat(active // m, 1)[:, None]
                 h = self.backbone(token, positions[at : at + 1], sees[:active], cache.keep_rows(active))[:, 0]
@@ -148,8 +153,8 @@ class NoiseExtendedPrior(Prior):
                 answer = torch.lerp(answer[m:], answer[:m], scales[i]) if guided else answer
                 return self.output(x, answer, t)
 
-            noise = torch.randn(m, self.latent_dim, generator=ask.generator, device=device) * ask.temperature
-            line.append(solver(field, noise, ask.generator, ask.temperature))
+            noise = torch.randn(m, self.latent_dim, generator=request.generator, device=device) * request.temperature
+            line.append(solver(field, noise, request.generator, request.temperature))
             read(clean(line[-1][:, None]))
         return torch.stack(line, dim=1)  # (B,n,C)
 
