@@ -60,6 +60,7 @@ from .orders import (
 from .prior import CausalPrior as CausalPrior
 from .training.latent_data import PriorDataModule as PriorDataModule, PriorImageModule as PriorImageModule
 from .training.lit_prior import LitPrior as LitPrior
+from .variants.autoencoder import AutoencoderLatents as AutoencoderLatents
 from .variants.captioning import CaptioningPrior as CaptioningPrior
 from .variants.frequencies import FrequencyLatents as FrequencyLatents
 from .variants.joint import JointPrior as JointPrior

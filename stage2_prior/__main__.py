@@ -1,7 +1,7 @@
 """Command line of stage 2.
 
     python -m stage2_prior fit|validate|test|predict --config configs/stage2/NAME.yaml
-    python -m stage2_prior compare|sweep|probe|showcase|patches|pyramid|frequencies|amed --help
+    python -m stage2_prior compare|sweep|probe|showcase|patches|pyramid|frequencies|autoencoder|amed --help
 
 The first four are Lightning's; the others read finished runs or data, and load no config.
 """
@@ -17,6 +17,7 @@ COMMANDS = {
     "patches": "stage2_prior.variants.patches",
     "pyramid": "stage2_prior.variants.pyramid",
     "frequencies": "stage2_prior.variants.frequencies",
+    "autoencoder": "stage2_prior.variants.autoencoder",
     "amed": "stage2_prior.heads.amed",
 }
 

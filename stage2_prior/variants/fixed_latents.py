@@ -1,12 +1,13 @@
-"""Latents that are a fixed linear map of the pixels: nothing is learned, and a whole line loses nothing.
+"""Latents that are a fixed map of the pixels: linear maps, of which a whole line loses nothing, or a given autoencoder.
 
 The counterpart of a learned tokenizer with the same contract (`encode`, `decode`, statistics, identity), so that every
 prior, head and order can be asked what learning the latents is worth. Members: raw patches (`patches`), a pyramid of
-scales (`pyramid`), frequencies (`frequencies`). A prefix decodes with the missing latents at their mean.
+scales (`pyramid`), frequencies (`frequencies`), released latents (`autoencoder`). A prefix decodes with the missing
+latents at their mean.
 
     python -m stage2_prior patches --run_dir runs/patches --data runs/demo/data --image_size 32 --patch_size 8
 
-and likewise `pyramid`, `frequencies`; it writes runs/patches/tokenizer (an export that the prior's commands accept) and
+and likewise for the others; it writes runs/patches/tokenizer (an export that the prior's commands accept) and
 runs/patches/latents.
 
 Letters: B batch, K latents, C latent channels, S side of the picture.
@@ -32,7 +33,7 @@ LEAST_SCALE = 0.02  # of a channel, so that a pixel that never changes is not di
 
 
 class FixedLatents(Spec, nn.Module):
-    """Contract of the members: `cut` a picture and `join` it, linear both; statistics per position and channel here.
+    """Contract of the members: `cut` a picture and `join` it; statistics per position and channel here.
 
     Args:
         image_size: S. num_latents, latent_dim: K and C.
@@ -61,14 +62,19 @@ class FixedLatents(Spec, nn.Module):
         """The inverse of `cut`, of latents (B,K,C) that need not be a picture's -> images (B,3,S,S), unbounded."""
         raise NotImplementedError
 
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and noise of the latents (B,K,C) before standardisation; a member without noise leaves it at 0."""
+        latents = self.cut(images)
+        return latents, torch.zeros_like(latents)
+
     def encode(self, images: Tensor) -> Tensor:
-        """images (B,3,S,S) in [-1,1] -> z (B,K,C), standardised; loses nothing."""
-        return (self.cut(images.float()) - self.latent_mean) / self.latent_scale
+        """images (B,3,S,S) in [-1,1] -> z (B,K,C), standardised."""
+        return self.posterior(images)[0]
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(encode(images), zeros): there is no noise in it."""
-        z = self.encode(images)
-        return z, torch.zeros_like(z)
+        """Mean and standard deviation of z, each (B,K,C)."""
+        mean, std = self.moments(images.float())
+        return (mean - self.latent_mean) / self.latent_scale, std / self.latent_scale
 
     def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """z (B,k,C) -> images (B,3,S,S) in [-1,1]; latents from k on are at their mean."""
@@ -84,8 +90,8 @@ class FixedLatents(Spec, nn.Module):
         """Set mean and scale per position and channel from training pictures; returns how many were read."""
         n, total, square = 0, torch.zeros(()).double(), torch.zeros(()).double()
         for images in batches:
-            latents = self.cut(images.float()).double()
-            n, total, square = n + len(latents), total + latents.sum(0), square + latents.square().sum(0)
+            mean, std = (x.double().cpu() for x in self.moments(images.float()))
+            n, total, square = n + len(mean), total + mean.sum(0), square + (mean.square() + std.square()).sum(0)
         if n < 2:
             raise PriorError(f"got {n} pictures for the statistics, wanted at least 2; check the training split.")
         self.latent_mean.copy_(total / n)
@@ -108,6 +114,7 @@ def arguments(word: str, about: str) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="image shards")
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=500)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     return parser
 
 
@@ -117,14 +124,16 @@ def run(
     """Fit the statistics, export, and write latent shards of both splits; returns the exit status."""
     options = parser.parse_args(words)
     try:
-        space = build(options).eval()
+        space = build(options).eval().to(options.device)
         images = ImageDataModule(str(options.data), options.batch_size, image_size=options.image_size)
-        space.fit_statistics(batch["images"] for batch in images.train_dataloader())
+        space.fit_statistics(batch["images"].to(options.device) for batch in images.train_dataloader())
         images.predict_splits = SPLITS
         for split, loader in zip(SPLITS, images.predict_dataloader(), strict=True):
             with LatentShardWriter(options.run_dir / "latents", split) as writer:
                 for batch in loader:
-                    writer.write_batch(batch, *space.posterior(batch["images"]))
+                    with torch.no_grad():
+                        moments = space.posterior(batch["images"].to(options.device))
+                    writer.write_batch(batch, *(x.cpu() for x in moments))
     except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
     sizes = (space.num_latents, space.latent_dim)
