@@ -64,7 +64,11 @@ from .variants.autoencoder import AutoencoderLatents as AutoencoderLatents
 from .variants.captioning import CaptioningPrior as CaptioningPrior
 from .variants.frequencies import FrequencyLatents as FrequencyLatents
 from .variants.joint import JointPrior as JointPrior
-from .variants.masked import MaskedPrior as MaskedPrior
+from .variants.masked import (
+    CosineShare as CosineShare,
+    MaskedPrior as MaskedPrior,
+    TruncatedNormalShare as TruncatedNormalShare,
+)
 from .variants.noise_extended import NoiseExtendedPrior as NoiseExtendedPrior
 from .variants.patches import PatchLatents as PatchLatents
 from .variants.pyramid import PyramidLatents as PyramidLatents

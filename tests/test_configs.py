@@ -43,3 +43,10 @@ def test_a_config_builds(file: Path) -> None:
     assert sum(p.numel() for p in cli.model.networks.parameters()) > 1000
     assert file.read_text().startswith("#"), "a config opens with a line saying what it is"
     assert cli.config["fit"]["trainer"]["max_steps"] > 0, "a run has an end"
+
+
+def test_mar_b_has_as_many_weights_as_the_paper() -> None:
+    """208 M, the diffusion head with them (Li et al. 2024, table 4)."""
+    prior = build("stage2", CONFIGS / "stage2" / "mar_b.yaml").model.prior
+    total, head = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (prior, prior.head))
+    assert abs(total - 208) < 2 and abs(head - 36) < 3

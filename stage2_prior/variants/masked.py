@@ -6,8 +6,8 @@ independently of each other given the rest; what depends between them is lost, a
 is no cache: every step runs the whole line.
 
 Set sizes follow a cosine (Chang et al. 2022, "MaskGIT"): few latents while little is known, many at the end. The share
-hidden in training is drawn from the same cosine, one number for the batch, so that shapes are known beforehand and only
-hidden latents reach the head.
+hidden in training is drawn from the same cosine, or as MAR does; one number for the batch, so that shapes are known
+beforehand and only hidden latents reach the head.
 
 Letters: B batch, K latents, C latent channels, L caption tokens, D width, n latents of a set.
 """
@@ -15,12 +15,14 @@ Letters: B batch, K latents, C latent channels, L caption tokens, D width, n lat
 import math
 from collections.abc import Callable
 from itertools import accumulate
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stage1_tokenizer.layers import decayed, embedding
+from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.backbone import Backbone
 from stage2_prior.base import Prior
@@ -34,6 +36,30 @@ from stage2_prior.prior import check_density, check_parts, token_positions
 from stage2_prior.request import Request, Text
 
 
+class CosineShare(Spec, nn.Module):
+    """The share of latents that training hides is cos(pi u / 2) of a uniform u, as the sets of sampling leave it."""
+
+    def forward(self, u: float) -> float:
+        """u in [0, 1) -> the share hidden, in [0, 1]."""
+        return math.cos(u * math.pi / 2)
+
+
+class TruncatedNormalShare(CosineShare):
+    """MAR's: N(`mean`, `std`^2) between `low` and `high`; little is known in all of training."""
+
+    def __init__(self, mean: float = 1.0, std: float = 0.25, low: float = 0.7, high: float = 1.0):
+        super().__init__()
+        if not (0 <= low < high <= 1 and std > 0):
+            raise PriorError(f"got std={std}, low={low}, high={high}; wanted std above 0 and 0 <= low < high <= 1.")
+        self.normal = NormalDist(mean, std)
+        self.low, self.high = low, high
+
+    def forward(self, u: float) -> float:
+        below, above = self.normal.cdf(self.low), self.normal.cdf(self.high)
+        inside = min(max(below + u * (above - below), 1e-12), 1 - 1e-12)
+        return min(max(self.normal.inv_cdf(inside), self.low), self.high)
+
+
 class MaskedPrior(Prior):
     """Sets of latents in random order.
 
@@ -43,6 +69,7 @@ class MaskedPrior(Prior):
         sets: steps of sampling, 1 (all at once) to K (one by one).
         order: only the random one makes sense here; it is an argument so that a config says so.
         word_sum: as `CausalPrior`.
+        share: which share of the latents a training step hides (None: the cosine of sampling).
     """
 
     def __init__(
@@ -57,6 +84,7 @@ class MaskedPrior(Prior):
         order: LearnedOrder | None = None,
         condition: Condition | None = None,
         word_sum: bool = False,
+        share: CosineShare | None = None,
     ):
         super().__init__(num_latents, latent_dim, vocabulary, caption_dropout)
         words = words_of(vocabulary, condition, backbone.width)
@@ -69,6 +97,7 @@ class MaskedPrior(Prior):
         if not 1 <= sets <= num_latents:
             raise PriorError(f"got sets={sets} for {num_latents} latents, wanted 1 (all at once) to {num_latents}.")
         self.backbone, self.head, self.sets = backbone, head, sets
+        self.share = CosineShare() if share is None else share
         self.order = RandomOrder() if order is None else order
         self.words = words
         self.latent_in = decayed(nn.Linear(latent_dim, backbone.width))
@@ -89,7 +118,7 @@ class MaskedPrior(Prior):
         """(B,K): the loss of hidden latents times K/n and 0 for shown ones: the mean is that of the hidden."""
         z, k = self.check_latents(z), self.num_latents
         u = torch.rand((), generator=generator, device=z.device if generator is not None else "cpu").item()
-        n = max(1, math.ceil(k * math.cos(u * math.pi / 2)))
+        n = max(1, math.ceil(k * self.share(u)))
         hidden = self.order.permutation(len(z), k, z.device, generator)[:, :n]  # (B,n)
         known = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device).scatter(1, hidden, False)
         cond = gather_line(self.conditions(z, known, self.drop_captions(text, generator)), hidden)  # (B,n,D)

@@ -15,7 +15,7 @@ from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.orders import (
     gather_line,
 )
-from stage2_prior.variants.masked import MaskedPrior
+from stage2_prior.variants.masked import MaskedPrior, TruncatedNormalShare
 from tests.small_priors import CAPTIONS, C, D, K, awake, parts
 
 
@@ -96,6 +96,28 @@ def test_the_share_hidden_in_training_is_cos_of_a_uniform_angle() -> None:
     cosine = 2 / math.pi * (n / 32).double().asin()
     critical = 1.95 / 800**0.5  # Kolmogorov's, 0.1%
     assert (below - cosine).abs().max() < critical < (n / 32 - cosine).abs().max() / 2
+
+
+def test_the_share_of_mar_is_a_normal_between_its_bounds() -> None:
+    share = TruncatedNormalShare()
+    found = torch.tensor([share((i + 0.5) / 4000) for i in range(4000)]).double()
+    assert found.min() >= 0.7 and found.max() <= 1 and share(0.0) == pytest.approx(0.7) and share(1.0) <= 1
+    normal = torch.distributions.Normal(1.0, 0.25)
+    below, above = (normal.cdf(torch.tensor(x)).item() for x in (0.7, 1.0))
+    wanted = (normal.cdf(found.float()) - below) / (above - below)
+    assert (wanted - (torch.arange(4000) + 0.5) / 4000).abs().max() < 1e-3
+    vocabulary, backbone, head = parts(10)
+    prior, counts = MaskedPrior(10, C, vocabulary, backbone, head, share=share), set()
+    for seed in range(30):
+        with torch.no_grad():
+            loss = prior.losses(
+                torch.randn(1, 10, C), prior.encode_text(CAPTIONS[:1]), torch.Generator().manual_seed(seed)
+            )
+        counts.add(int((loss > 0).sum()))
+    assert counts <= {7, 8, 9, 10} and len(counts) >= 3
+    for options in ({"std": 0.0}, {"low": 0.9, "high": 0.8}, {"high": 1.5}):
+        with pytest.raises(PriorError, match=next(iter(options))):
+            TruncatedNormalShare(**options)
 
 
 class Asked(NamedTuple):
