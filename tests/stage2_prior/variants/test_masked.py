@@ -15,6 +15,7 @@ from stage2_prior.heads.nets import HoistedNet
 from stage2_prior.orders import (
     gather_line,
 )
+from stage2_prior.prior import PriorError
 from stage2_prior.variants.masked import MaskedPrior, TruncatedNormalShare
 from tests.small_priors import CAPTIONS, C, D, K, awake, parts
 
