@@ -2,14 +2,18 @@
 
     python -m stage1_tokenizer fit|validate|test|predict --config configs/stage1/NAME.yaml
     python -m stage1_tokenizer reconstruct --tokenizer DIR photo.jpg --latents 1 2 4 8 --out grid.png
+    python -m stage1_tokenizer glyphs --tokenizer DIR --data SHARDS --out DIR
 
-The first four are Lightning's; the other works on an exported folder, and loads neither Lightning nor a config.
+The first four are Lightning's; the others work on an exported folder, and load no config.
 """
 
 import importlib
 import sys
 
-COMMANDS = {"reconstruct": "stage1_tokenizer.evaluation.reconstruct"}
+COMMANDS = {
+    "reconstruct": "stage1_tokenizer.evaluation.reconstruct",
+    "glyphs": "stage1_tokenizer.evaluation.glyph_reading",
+}
 
 
 def main(args: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ IMPORT_NAMES = {
     "yaml": "pyyaml",
     "skimage": "scikit-image",
     "lazy_loader": "lazy-loader",
+    "rapidocr_onnxruntime": "rapidocr-onnxruntime",
 }
 
 

@@ -47,8 +47,7 @@ class Glyphs:
         if num < 1 or characters < 1:
             raise DataError(f"--num is {num} and --characters {characters}, wanted at least 1 picture of 1 character")
         self.num, self.seed, self.size, self.characters = num, seed, size, characters
-        self.columns = math.ceil(math.sqrt(characters))
-        self.cell = size / self.columns
+        self.columns, self.cell = grid(size, characters)
         if self.cell < 8:
             raise DataError(
                 f"--size {size} leaves {self.cell:.1f} pixels for each of {characters} characters, wanted at least 8;"
@@ -95,6 +94,12 @@ class Glyphs:
             cover[rows, columns] = np.maximum(cover[rows, columns], part)
         paper, ink = 235 + 20 * u[-1], 60 * u[-4:-1]  # (3,) of a dark colour
         return np.rint(paper + cover[..., None] * (ink - paper)).astype(np.uint8)
+
+
+def grid(size: int, characters: int) -> tuple[int, float]:
+    """Columns of the grid that N characters stand on, row by row, and the side of a cell in pixels."""
+    columns = math.ceil(math.sqrt(characters))
+    return columns, size / columns
 
 
 def parse_alphabet(alphabet: str) -> str:
