@@ -77,6 +77,7 @@ class Prior(Spec, SpaceBound):
         solver: Solver | None = None,
         prefix: Tensor | None = None,
         num_latents: int | None = None,
+        negative: str | list[str] | None = None,
     ) -> Tensor:
         """B captions -> z (B,K,C) float32, standardised.
 
@@ -87,9 +88,10 @@ class Prior(Spec, SpaceBound):
         solver: of a head that is solved, in place of its own (None); see the table in `heads.solvers`.
         prefix: (B,p,C) the first p latents, kept bit for bit; the rest is drawn given these and the captions.
         num_latents: draw the first so many latents only, prefix included -> (B,num_latents,C).
+        negative: what guidance leads away from, in place of "no caption": one caption for all, or one for each.
         Raises PriorError (a ValueError) for captions that are not strings, or options out of range.
         """
-        request = self.request(captions, guidance, temperature, prefix, num_latents)
+        request = self.request(captions, guidance, temperature, prefix, num_latents, negative=negative)
         request.steps, request.solver, request.generator = steps, solver, generator
         with self.autocast():
             return self.draw(request)
@@ -189,12 +191,13 @@ class Prior(Spec, SpaceBound):
         prefix: Tensor | None = None,
         num_latents: int | None = None,
         known: Tensor | None = None,
+        negative: str | list[str] | None = None,
     ) -> Request:
         """What `sample` is asked for, as `draw` takes it. Arguments and errors as `sample`.
 
         known: (B,p) bool, which latents of the prefix are given; None: all.
         """
-        text, scales, interval = self.guided_text(captions, guidance, temperature)
+        text, scales, interval = self.guided_text(captions, guidance, temperature, negative)
         b, c = len(captions), self.latent_dim
         n = self.num_latents if num_latents is None else num_latents
         if not 1 <= n <= self.num_latents:
@@ -209,27 +212,52 @@ class Prior(Spec, SpaceBound):
                 " one entry for each latent of the prefix."
             )
         device = text.ids.device
-        return Request(text, given.to(device, torch.float32), known.to(device), n, scales, interval, temperature)
+        given, known = given.to(device, torch.float32), known.to(device)
+        return Request(text, given, known, n, scales, interval, temperature, twins_alike=not isinstance(negative, list))
 
     def guided_text(
-        self, captions: list[str], guidance: float | Guidance, temperature: float
+        self,
+        captions: list[str],
+        guidance: float | Guidance,
+        temperature: float,
+        negative: str | list[str] | None = None,
     ) -> tuple[Text, list[float], tuple[float, float]]:
         """What a sampler asks with: text rows, the scale of every position, and the times at which guidance acts.
 
         Rows beyond the captions' own are their unconditional twins; there are none if no scale differs from 1, or if
-        all are 0 at all times or the condition is constant (then the null word takes the caption's place). Raises
-        PriorError for a temperature out of range.
+        all are 0 at all times or the condition is constant (then the null word takes the caption's place). A negative
+        caption takes the place of the null word. Raises PriorError for a temperature out of range, and for a negative
+        caption that nothing would look at.
         """
         if not 0 <= temperature < float("inf"):
             raise PriorError(f"got temperature={temperature}, wanted a finite number of at least 0.")
         schedule = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         scales, text = schedule.scales(self.num_latents), self.encode_text(captions)
-        unconditional = self.without_caption(text, torch.ones(len(captions), dtype=torch.bool, device=text.ids.device))
+        if negative is None:
+            everyone = torch.ones(len(captions), dtype=torch.bool, device=text.ids.device)
+            unconditional = self.without_caption(text, everyone)
+        else:
+            text, unconditional = self.negative_text(captions, negative, scales)
         if (not any(scales) and schedule.interval == ALWAYS) or self.words.constant:
             return self.trim(unconditional), [1.0] * self.num_latents, schedule.interval
         if any(w != 1 for w in scales):
             text = Text(torch.cat([text.ids, unconditional.ids]), torch.cat([text.text_mask, unconditional.text_mask]))
         return text, scales, schedule.interval
+
+    def negative_text(
+        self, captions: list[str], negative: str | list[str], scales: list[float]
+    ) -> tuple[Text, Text]:
+        """Captions and negative ones as rows of one length, (B,L) each. Raises PriorError as `guided_text`."""
+        others = [negative] * len(captions) if isinstance(negative, str) else negative
+        if len(others) != len(captions):
+            raise PriorError(f"got {len(others)} negative captions for {len(captions)}, wanted one, or one for each.")
+        if self.words.constant:
+            raise PriorError(f"got negative={negative!r:.40} for a prior that reads no captions; leave it out.")
+        if all(w == 1 for w in scales):
+            raise PriorError("got a negative caption with guidance 1, which never looks at it; raise guidance above 1.")
+        text = self.encode_text([*captions, *others])
+        mine, theirs = (Text(*rows) for rows in zip(text.ids.chunk(2), text.text_mask.chunk(2), strict=True))
+        return mine, theirs
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -149,7 +149,7 @@ class CausalPrior(Prior):
         plan = self.head.plan(request.steps, request.solver)
         order = self.order.permutation(m, self.num_latents, device, request.generator, cuts=(p, n))
         mask, positions = self.order.mask(request.text.text_mask, self.num_latents), self.token_positions(n_words)
-        cache = self.read_words(request.text, m, mask, positions)
+        cache = self.read_words(request.text, m + 1 if request.twins_alike else 2 * m, mask, positions)
         words = None if self.word_sum is None else self.word_sum(request.text.ids, request.text.text_mask)  # (R,1,D)
         guided_until = max((i + 1 for i in range(p, n) if request.scales[i] != 1), default=p)
         given = gather_line(request.prefix, order[:, :p])  # (B,p,C)
@@ -183,15 +183,15 @@ class CausalPrior(Prior):
                 tokens = self.order.carry_on(self.latent_in(latents).to(self.start.dtype), index + 1)
         return scatter_line(torch.cat(line, dim=1), order[:, :n])  # (B,n,C)
 
-    def read_words(self, text: Text, captions: int, mask: Tensor, positions: Tensor) -> Cache:
+    def read_words(self, text: Text, distinct: int, mask: Tensor, positions: Tensor) -> Cache:
         """A cache with room for the line, filled with the words of every row (words see nothing else).
 
-        Unconditional twins, the rows behind the first `captions`, are all alike: one of them is computed.
+        Rows from the `distinct`-th on are all alike (unconditional twins): one of them is computed.
         """
         rows, n_words = text.ids.shape
-        distinct = min(rows, captions + 1)
+        distinct = min(rows, distinct)
         cache = self.backbone.new_cache(distinct, n_words + self.num_latents)
-        words = self.words(text.ids[:distinct])  # (captions + 1,L,D)
+        words = self.words(text.ids[:distinct])  # (distinct,L,D)
         self.backbone(words, positions[:n_words], mask[:distinct, :, :n_words, :n_words], cache)
         return cache if rows == distinct else cache.repeat_last(rows - distinct)
 

@@ -31,13 +31,14 @@ class States(NamedTuple):
 class Request:
     """Arguments of `draw`, checked."""
 
-    text: Text  # R rows: B captions and, where guidance needs them, their B unconditional twins behind
+    text: Text  # R rows: B captions and, where guidance needs them, their B unconditional (or negative) twins behind
     prefix: Tensor  # (B,p,C) float32: the first latents, p may be 0; kept where `known`
     known: Tensor  # (B,p) bool
     num_latents: int  # n, p <= n <= K: the line ends there
     scales: list[float]  # K guidance scales, by position
     interval: tuple[float, float]  # times at which guidance acts
     temperature: float
+    twins_alike: bool = True  # all twins are one row repeated, which is then computed once
     steps: int | None = None
     solver: Solver | None = None
     generator: torch.Generator | None = None

@@ -146,6 +146,7 @@ class MaskedPrior(Prior):
         solver: Solver | None = None,
         prefix: Tensor | None = None,
         num_latents: int | None = None,
+        negative: str | list[str] | None = None,
         known: Tensor | None = None,
     ) -> Tensor:
         """As `Prior.sample`; of a guidance schedule, a set takes the mean over its places in the order.
@@ -153,7 +154,7 @@ class MaskedPrior(Prior):
         known: (B,p) bool, True where a latent of `prefix` is given; the others are drawn like those behind it, so that
         any part of a line can be filled in. None: all of the prefix is given.
         """
-        request = self.request(captions, guidance, temperature, prefix, num_latents, known)
+        request = self.request(captions, guidance, temperature, prefix, num_latents, known, negative)
         request.steps, request.solver, request.generator = steps, solver, generator
         with self.autocast():
             return self.draw(request)
