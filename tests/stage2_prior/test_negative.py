@@ -9,7 +9,7 @@ from torch import Tensor
 from stage2_prior import NoCondition, Prior
 from stage2_prior.prior import CausalPrior, PriorError
 from tests.small_priors import CAPTIONS, C, D, K, awake, parts
-from tests.stage2_prior.test_prior_prefix import causal, every_prior, seeded
+from tests.stage2_prior.test_prefix import causal, every_prior, seeded
 
 OTHERS = ["a blue square", "a small red star", "a green star above a red circle"]
 
