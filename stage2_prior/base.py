@@ -244,9 +244,7 @@ class Prior(Spec, SpaceBound):
             text = Text(torch.cat([text.ids, unconditional.ids]), torch.cat([text.text_mask, unconditional.text_mask]))
         return text, scales, schedule.interval
 
-    def negative_text(
-        self, captions: list[str], negative: str | list[str], scales: list[float]
-    ) -> tuple[Text, Text]:
+    def negative_text(self, captions: list[str], negative: str | list[str], scales: list[float]) -> tuple[Text, Text]:
         """Captions and negative ones as rows of one length, (B,L) each. Raises PriorError as `guided_text`."""
         others = [negative] * len(captions) if isinstance(negative, str) else negative
         if len(others) != len(captions):
