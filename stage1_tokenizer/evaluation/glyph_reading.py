@@ -140,9 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = Tokenizer.from_pretrained(options.tokenizer).to(options.device)
         data = ImageDataModule(str(options.data), image_size=tokenizer.image_size)
         held = data.arrays("val", options.limit)
-        texts = ["".join(characters) for characters in (a.values() for a in held["attributes"])]
-        if not all(name.startswith("glyph") for a in held["attributes"] for name in a) or not all(texts):
+        if not all(held["attributes"]) or any(not n.startswith("glyph") for a in held["attributes"] for n in a):
             raise GlyphError(f"the pictures in {options.data} are not of `prepare --source glyphs`; give those.")
+        texts = ["".join(attributes.values()) for attributes in held["attributes"]]
         alphabet = len(
             {c for captions in data.captions("train") for text in captions for c in text} | {*"".join(texts)}
         )
