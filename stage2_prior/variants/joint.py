@@ -114,8 +114,8 @@ class JointPrior(Prior):
         clean, noisy = self.picture_tokens(z, torch.zeros_like(t)), self.picture_tokens(x_t, t)  # (B,N,K,D)
         x = torch.cat([words, clean.flatten(1, 2), noisy.flatten(1, 2)], dim=1)  # (B,N (L + 2 K),D)
         h = self.backbone(x, self.positions(n, length, x.device), line_mask(text.text_mask, k, picture_first))
-        said, _, seen = h.split([n * length, n * k, n * k], dim=1)
-        return said.unflatten(1, (n, length)), self.out(seen).float().unflatten(1, (n, k))
+        of_words, _, of_noisy = h.split([n * length, n * k, n * k], dim=1)
+        return of_words.unflatten(1, (n, length)), self.out(of_noisy).float().unflatten(1, (n, k))
 
     def positions(self, n: int, length: int, device: torch.device) -> Tensor:
         """(N (L + 2 K),) of words, clean and noisy latents: a pair has its own stretch, whichever comes first in it."""
@@ -134,10 +134,10 @@ class JointPrior(Prior):
         t = logit_normal_times(*size, device=z.device, mean=self.time_mean, generator=generator).T  # (B,N)
         noise = torch.randn(z.shape, generator=generator, device=z.device)
         x_t = interpolate(z.float(), noise, t[..., None, None])
-        said, x = self.run(text, z, x_t, t, picture_first)
+        hidden, x = self.run(text, z, x_t, t, picture_first)
         weight = ((1 - t) / t).square().clamp(1.0, self.cap)
         pictures = weight[..., None] * (x - z.float()).square().mean(-1)  # (B,N,K)
-        logits = self.next_word(said[:, :, :-1]).float()  # (B,N,L-1,V)
+        logits = self.next_word(hidden[:, :, :-1]).float()  # (B,N,L-1,V)
         target = text.ids[:, :, 1:]
         target = target.masked_fill(target == self.null, PAD)  # a dropped caption has nothing to say
         nats = F.cross_entropy(logits.flatten(0, 2), target.flatten(), ignore_index=PAD, reduction="none")

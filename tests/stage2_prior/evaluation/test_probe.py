@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_what_was_read_is_read_back_and_what_was_not_is_chance() -> None:
     z = torch.randn(1000, K, C, generator=g)
     sign, coin = (z[:, 1, 0] > 0).long(), torch.randint(2, (1000,), generator=g)
 
-    def result(labels: Tensor) -> dict[str, list[float]]:
+    def result(labels: Tensor) -> dict[str, Any]:
         def part(rows: slice) -> dict[str, object]:
             return {"latents": z[rows], "labels": labels[rows], "attributes": [{}] * len(z[rows])}
 

@@ -56,10 +56,10 @@ def test_words_never_see_noise_and_a_pictures_noise_changes_no_other() -> None:
     first = torch.tensor([[False, True, False]])
     ids, mask = prior.vocabulary.encode(CAPTIONS)
     z, x_t = torch.randn(1, n, K, C, requires_grad=True), torch.randn(1, n, K, C, requires_grad=True)
-    said, x = prior.run(Text(ids[None], mask[None]), z, x_t, torch.rand(1, n), first)
+    words, x = prior.run(Text(ids[None], mask[None]), z, x_t, torch.rand(1, n), first)
     place_w, place_p = [0, 3, 4], [1, 2, 5]  # of each caption and picture in the line
     for i in range(n):
-        by_clean, by_noisy = torch.autograd.grad(said[0, i].sum(), (z, x_t), retain_graph=True, allow_unused=True)
+        by_clean, by_noisy = torch.autograd.grad(words[0, i].sum(), (z, x_t), retain_graph=True, allow_unused=True)
         assert by_noisy is None or not by_noisy.any()
         seen = by_clean[0].abs().amax((1, 2)) > 0
         assert seen.tolist() == [place_p[j] < place_w[i] for j in range(n)]
@@ -145,7 +145,8 @@ def test_a_pictures_loss_is_weighted_by_its_signal_and_shifted_by_its_size(cap: 
 
 
 def test_a_share_of_the_pairs_has_its_picture_first_and_lines_hold_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    prior, seen = joint(2, picture_first=0.3), []
+    prior = joint(2, picture_first=0.3)
+    seen: list[tuple[Tensor, Text, Tensor]] = []
     original = prior.line_losses
 
     def spy(text: Text, z: Tensor, first: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,9 @@ def test_a_share_of_the_pairs_has_its_picture_first_and_lines_hold_several(monke
     lines, ids, _ = seen[0]
     assert torch.equal(lines.flatten(0, 1), z[:6]) and torch.equal(ids.ids.flatten(0, 1), text.ids[:6])
     with torch.no_grad():
-        share = torch.cat([prior.objective(z, text) and seen[-1][2] for _ in range(200)]).float().mean()
+        for _ in range(200):
+            prior.objective(z, text)
+        share = torch.cat([first for _, _, first in seen]).float().mean()
     assert abs(share - 0.3) < 0.06
 
 
@@ -174,8 +177,8 @@ def test_captions_are_read_greedily_and_without_a_caption_nothing_is_asked() -> 
     for _ in range(L - 1):  # the same words one by one, the whole line at once
         with torch.no_grad():
             lines = Text(ids[:, None], torch.ones_like(ids, dtype=torch.bool)[:, None])
-            said, _ = prior.run(lines, z[:, None], torch.randn(3, 1, K, C), torch.rand(3, 1), first)
-        ids = torch.cat([ids, prior.next_word(said[:, 0, -1]).argmax(-1, keepdim=True)], dim=1)
+            words, _ = prior.run(lines, z[:, None], torch.randn(3, 1, K, C), torch.rand(3, 1), first)
+        ids = torch.cat([ids, prior.next_word(words[:, 0, -1]).argmax(-1, keepdim=True)], dim=1)
     assert read == prior.vocabulary.decode(ids) and len(set(read)) > 1
 
 

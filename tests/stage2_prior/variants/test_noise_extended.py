@@ -144,7 +144,7 @@ def test_the_loss_of_a_copy_is_that_of_its_output(output: Output) -> None:
         loss = prior.losses(z, text, torch.Generator().manual_seed(1)).mean().item()
     t = logit_normal_times(100_000, 1, device=z.device, generator=torch.Generator().manual_seed(2))[0]
     at = NextLevelOutput(4).step(t)
-    wanted = {
+    wanted: dict[type, Tensor | float] = {
         VelocityOutput: 5.0,  # (noise - 2)^2
         NextLevelOutput: (2 * (at.data + at.noisy * (1 - t))).square().mean()
         + ((at.noisy * t).square() + at.variance).mean(),
