@@ -61,7 +61,7 @@ def probe(prior: Prior, train: Mapping[str, Any], val: Mapping[str, Any]) -> dic
 
     def read(z: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         device = prior.fingerprint_bytes.device
-        parts = [prior.states(part.to(device)) for part in z.split(BATCH)]
+        parts = [prior.states(part.to(device)) for part in z[:, : prior.num_latents].split(BATCH)]
         hidden = torch.cat([part.hidden[:, :, at].float().cpu() for part in parts], dim=1)  # (depth + 1,N,P,D)
         return hidden, torch.cat([part.line.cpu() for part in parts]), parts[0].read
 
