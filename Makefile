@@ -1,4 +1,4 @@
-# make setup | demo | text-cost | reading | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
+# make setup | demo | play | text-cost | reading | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
 # PYTHON names the interpreter that the environment is made with, VENV where it lies.
 
 SHELL := /bin/bash
@@ -7,11 +7,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo text-cost reading test bench lint clean
+.PHONY: help setup demo play text-cost reading test bench lint clean
 
 help:
 	@echo "make setup      environment in $(VENV), with the tested versions"
 	@echo "make demo       scenes, tokenizer, prior and both reports, in runs/demo"
+	@echo "make play       a local page to play with what the demo trained (RUN=runs/NAME: another run)"
 	@echo "make text-cost  the demo's tokenizer again without text losses, and what these cost"
 	@echo "make reading    does learning to draw help learning to read? Four priors on the demo's latents, compared (40 min)"
 	@echo "make test       the whole test suite"
@@ -38,6 +39,10 @@ demo: setup
 	python -m stage2_prior fit $(DEMO_2) --overwrite true
 	python -m stage2_prior test $(DEMO_2)
 	python -m stage2_prior showcase --run_dir runs/demo --out runs/demo/showcase.png
+
+RUN ?= runs/demo
+play: setup
+	python -m stage2_prior play --run_dir $(RUN)
 
 # The same run without text losses, and its figures beside the demo's.
 NO_TEXT = $(DEMO_1) --config configs/variants/no_text.yaml \

@@ -1,6 +1,7 @@
 """Command line of stage 2.
 
     python -m stage2_prior fit|validate|test|predict --config configs/stage2/NAME.yaml
+    python -m stage2_prior play --run_dir runs/demo
     python -m stage2_prior compare|sweep|probe|showcase|patches|pyramid|frequencies|autoencoder|amed --help
 
 The first four are Lightning's; the others read finished runs or data, and load no config.
@@ -19,6 +20,7 @@ COMMANDS = {
     "frequencies": "stage2_prior.variants.frequencies",
     "autoencoder": "stage2_prior.variants.autoencoder",
     "amed": "stage2_prior.heads.amed",
+    "play": "stage2_prior.play.command",
 }
 
 

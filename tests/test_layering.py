@@ -3,7 +3,7 @@
     data <- stage1_tokenizer <- stage2_prior
     data:              schema <- pictures <- reading <- sources <- prepare
     stage1_tokenizer:  the model (files at the root) <- text, variants <- evaluation <- training
-    stage2_prior:      the model <- heads <- variants <- evaluation <- training
+    stage2_prior:      the model <- heads <- variants <- evaluation <- training, play
 
 An `__init__` hands names on and a `__main__` starts commands: they stand above all floors.
 """
@@ -38,6 +38,7 @@ FLOORS: dict[str, dict[str, set[str]]] = {
         "variants": {"", "heads"},
         "evaluation": {"", "heads", "variants"},
         "training": {"", "heads", "variants", "evaluation"},
+        "play": {"", "heads", "variants", "evaluation"},
     },
 }
 LONGEST = 300  # lines of a source file

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
 from data.sources.glyphs import grid
-from stage1_tokenizer.evaluation.latent_use import latent_use
+from stage1_tokenizer.evaluation.latent_use import code_bits
 from stage1_tokenizer.evaluation.reconstruct import ReconstructError, reconstruct
 from stage1_tokenizer.evaluation.reconstruction_pass import prefix_lengths
 from stage1_tokenizer.evaluation.report import Report
@@ -73,16 +73,6 @@ def right_characters(reader: Reader, pictures: Tensor, texts: Sequence[str]) -> 
             row += [a == b for a, b in itertools.zip_longest(wanted, got[: len(wanted)])]
         right.append(row)
     return torch.tensor(right)
-
-
-def code_bits(tokenizer: Tokenizer, images: Tensor) -> list[float]:
-    """Bits of the first 1, 2, ..., K latents: a symbol's, or the rate that the noise leaves (`latent_use`)."""
-    each = getattr(tokenizer.bottleneck, "bits_per_latent", None)
-    if each is not None:
-        return [each * k for k in range(1, tokenizer.num_latents + 1)]
-    with torch.inference_mode():
-        use = latent_use(*tokenizer.posterior(images.to(tokenizer.latent_mean.device)))
-    return list(itertools.accumulate(use.rate_bits.tolist()))
 
 
 def read_glyphs(

@@ -6,10 +6,14 @@ rate is the size that counts. Watch active units along the line too: a position 
 Letters: N pictures, K latents, C channels of a latent.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from stage1_tokenizer.tokenizer import Tokenizer
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2015, section 4.2: a unit whose posterior mean varies more than this is in use
 
@@ -41,3 +45,13 @@ def latent_use(mean: Tensor, std: Tensor) -> LatentUse:
         mean_variance=variance.mean(dim=1),
         rate_bits=kl.mean(dim=0).sum(dim=1) / math.log(2),
     )
+
+
+def code_bits(tokenizer: Tokenizer, images: Tensor) -> list[float]:
+    """Bits of the first 1, 2, ..., K latents: a symbol's, or the rate that the noise leaves (`latent_use`)."""
+    each = getattr(tokenizer.bottleneck, "bits_per_latent", None)
+    if each is not None:
+        return [each * k for k in range(1, tokenizer.num_latents + 1)]
+    with torch.inference_mode():
+        use = latent_use(*tokenizer.posterior(images.to(tokenizer.latent_mean.device)))
+    return list(itertools.accumulate(use.rate_bits.tolist()))

@@ -4,6 +4,7 @@ Gaps and missing cells are transparent, so that a sheet sits on a light and on a
 whole numbers and never smoothed: what a sheet shows is what a model made.
 """
 
+import base64
 import io
 import math
 from collections.abc import Sequence
@@ -52,3 +53,8 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def data_uri(content: bytes) -> str:
+    """The bytes of a PNG file as an address that holds them, for pages that refer to nothing outside themselves."""
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")

@@ -35,19 +35,26 @@ class ReconstructError(ValueError):
 def load_picture(path: Path, size: int) -> Tensor:
     """The picture in a file, its centred square at `size` pixels: (3, size, size) in [-1, 1].
 
-    Raises ReconstructError for a file that is missing, is no picture of the formats that `prepare` opens, or has more
-    than 64 million pixels.
+    Raises ReconstructError for a file that is missing or no usable picture (`read_picture`).
     """
     if not path.is_file():
         raise ReconstructError(f"there is no file {path}; give the path of a picture")
-    content = path.read_bytes()
+    return read_picture(path.read_bytes(), str(path), size)
+
+
+def read_picture(content: bytes, name: str, size: int) -> Tensor:
+    """The picture in the bytes of a file, its centred square at `size` pixels: (3, size, size) in [-1, 1].
+
+    name: of the file, for errors. Raises ReconstructError for what is no picture of the formats that `prepare` opens,
+    or has more than 64 million pixels.
+    """
     try:
         pixels = pixels_of(content, open_picture(content, SOURCE_FORMATS), size, "center_crop")
     except PictureError as error:
         wanted = f"{', '.join(SOURCE_FORMATS)} of at most {MAX_PIXELS // 10**6} million pixels"
-        raise ReconstructError(f"{path} is no usable picture ({error.reason}), wanted {wanted}; convert it") from error
+        raise ReconstructError(f"{name} is no usable picture ({error.reason}), wanted {wanted}; convert it") from error
     except Exception as error:  # the decoders raise many kinds on a damaged file
-        raise ReconstructError(f"{path} does not decode ({short(error)}); save the picture again") from error
+        raise ReconstructError(f"{name} does not decode ({short(error)}); save the picture again") from error
     return to_unit_range(resize(pixels, size)[None])[0]
 
 

@@ -13,7 +13,6 @@ itself: pictures are data URIs, curves are drawn once for light and once for dar
 nothing about tokenizers.
 """
 
-import base64
 import json
 import math
 import re
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from stage1_tokenizer.evaluation.curves import INK, Series, draw_curve
 from stage1_tokenizer.evaluation.image_metrics import Skipped
-from stage1_tokenizer.evaluation.picture_sheet import image_grid, image_strip, png
+from stage1_tokenizer.evaluation.picture_sheet import data_uri, image_grid, image_strip, png
 
 WORDS = re.compile(r"[a-z] \S*[a-z]")  # two words in a row: text, and not a number with its unit
 LARGEST_PICTURE = 112  # pixels of the page that one picture of a grid may be wide
@@ -86,7 +85,7 @@ class Report:
         self.files[f"{_slug(heading)}.png"] = plots["light"]
         if not self._parts or self._parts[-1][0] != "curves":
             self._add("curves", plots=[])
-        sources = {screen: _data_uri(plot) for screen, plot in plots.items()}
+        sources = {screen: data_uri(plot) for screen, plot in plots.items()}
         self._parts[-1][1]["plots"].append({"heading": heading, **sources})
         return self
 
@@ -106,7 +105,7 @@ class Report:
             name = _slug(heading if len(columns) == 1 else f"{heading} {column}")
             self.files[f"{name}.png"] = png(image_grid([strips[index] for _, strips in rows], scale))
         cells = [
-            (label, [{"source": _data_uri(png(image_strip(s))), "width": LARGEST_PICTURE * len(s)} for s in strips])
+            (label, [{"source": data_uri(png(image_strip(s))), "width": LARGEST_PICTURE * len(s)} for s in strips])
             for label, strips in rows
         ]
         return self._add("grid", heading=heading, note=note, columns=columns, rows=cells)
@@ -158,10 +157,6 @@ def _slug(heading: str) -> str:
     """The heading as a file name."""
     plain = unicodedata.normalize("NFKD", heading.lower()).encode("ascii", "ignore").decode()  # é becomes e
     return re.sub(r"[^a-z0-9]+", "_", plain).strip("_")
-
-
-def _data_uri(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
 def _finite(value: Any) -> Any:

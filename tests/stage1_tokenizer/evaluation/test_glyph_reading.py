@@ -12,7 +12,8 @@ import torch
 from data.__main__ import main as data_main
 from data.sources.glyphs import Glyphs
 from stage1_tokenizer.__main__ import main
-from stage1_tokenizer.evaluation.glyph_reading import code_bits, rapid_reader, read_glyphs, right_characters
+from stage1_tokenizer.evaluation.glyph_reading import rapid_reader, read_glyphs, right_characters
+from stage1_tokenizer.evaluation.latent_use import code_bits
 from stage1_tokenizer.variants.quantised import VQBottleneck
 from tests.tiny import SIZE, WIDTH, C, K, tiny_tokenizer
 
