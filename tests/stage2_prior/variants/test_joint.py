@@ -121,9 +121,9 @@ def test_flow_solvers_and_diffusion_samplers_draw_the_same_law_from_one_network(
         alpha, sigma = 1 - t, t
         return mu + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mu)
 
-    for solver in (Midpoint(16), DDIM(200), DDPM(400)):
+    for solver in (Midpoint(16), DDIM(150), DDPM(200)):
         z = solver(field_for(solver, original), e, torch.Generator().manual_seed(1))
-        assert abs(z.mean() - mu) < 0.01 and abs(z.std() / std - 1) < 0.03, type(solver).__name__
+        assert abs(z.mean() - mu) < 0.01 and abs(z.std() / std - 1) < 0.04, type(solver).__name__
     wrong = DDIM(200)(lambda x, t: original(x, t, t), e)
     assert abs(wrong.std() / std - 1) > 0.1 or abs(wrong.mean() - mu) > 0.05  # control
 
@@ -213,11 +213,11 @@ def test_one_set_of_weights_draws_and_reads() -> None:
     prior = joint(caption_weight=1.0, picture_first=0.5).train()
     codes = torch.randn(3, K, C, generator=torch.Generator().manual_seed(5))
     optimizer, g = MuonAdamW(parameter_groups(prior), lr=3e-3, matrix_lr=0.02), torch.Generator().manual_seed(0)
-    for step in range(200):
+    for step in range(150):
         for group in optimizer.param_groups:
-            group["lr"] = (0.02 if group["group"] == "matrix" else 3e-3) * warmup_flat_cosine(step, 200)
-        at = torch.randint(3, (48,), generator=g)
-        z = codes[at] + 0.05 * torch.randn(48, K, C, generator=g)
+            group["lr"] = (0.02 if group["group"] == "matrix" else 3e-3) * warmup_flat_cosine(step, 150)
+        at = torch.randint(3, (32,), generator=g)
+        z = codes[at] + 0.05 * torch.randn(32, K, C, generator=g)
         loss = sum(prior.objective(z, prior.encode_text([CAPTIONS[i] for i in at]), g).values(), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
