@@ -59,16 +59,23 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
     @functools.wraps(function)
     def answers(*arguments: Any) -> Any:
         try:
             yield from function(*arguments)
         except (ValueError, OSError) as error:
-            raise gr.Error(html.escape(str(error)), title="This cannot be done", print_exception=False) from error
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
 
     return answers if inspect.isgeneratorfunction(function) else answer
+
+
+def drawing_of(values: Sequence[Any]) -> Drawing:
+    """Raises PlayError where a box was emptied."""
+    if None in values:
+        raise PlayError("a box below `How it is drawn` is empty; give it a value")
+    return Drawing(*values)
 
 
 def needed(picture: Picture | None, name: str) -> Picture:
@@ -79,7 +86,7 @@ def needed(picture: Picture | None, name: str) -> Picture:
 
 
 def caption_box(elem_id: str, label: str = "caption") -> gr.Textbox:
-    return gr.Textbox(label=label, max_length=20 * LONGEST_CAPTION, elem_id=f"{elem_id}-caption")
+    return gr.Textbox("", label=label, max_length=20 * LONGEST_CAPTION, elem_id=f"{elem_id}-caption")
 
 
 def slug(*words: str) -> str:
@@ -175,7 +182,7 @@ class Page:
                 gr.Dropdown(names, value="", label="solver"),
                 gr.Slider(0, 2, 1, step=0.05, label="temperature"),
                 gr.Number(0, label="seed", precision=0, minimum=0),
-                gr.Textbox(label="negative caption (guidance above 1)", max_length=LONGEST_CAPTION + 1),
+                gr.Textbox("", label="negative caption (guidance above 1)", max_length=LONGEST_CAPTION + 1),
             ]
 
     def grown(self, lines: Iterator[Tensor]) -> Iterator[str]:
@@ -192,7 +199,7 @@ class Page:
             out = gr.HTML(elem_id="written")
 
         def write(caption: str, *how: Any) -> Iterator[str]:
-            yield from self.grown(self.studio.draw(caption, Drawing(*how)))
+            yield from self.grown(self.studio.draw(caption, drawing_of(how)))
 
         gr.on([button.click, caption.submit], guarded(write), [caption, *how], out, show_progress="hidden")
 
@@ -212,7 +219,7 @@ class Page:
                 out = gr.HTML(elem_id="edited")
 
         def keep(a: Picture | None, k: int, caption: str, *how: Any) -> Iterator[str]:
-            yield from self.grown(self.studio.draw(caption, Drawing(*how), needed(a, "A").z[:, : int(k)]))
+            yield from self.grown(self.studio.draw(caption, drawing_of(how), needed(a, "A").z[:, : int(k)]))
 
         def swapped(a: Picture | None, b: Picture | None, k: int) -> str:
             images = self.studio.swap(needed(a, "A"), needed(b, "B"), int(k))

@@ -8,6 +8,7 @@
 Letters: K latents, C latent channels, k prefix length, S side of the pictures.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ LONGEST_CAPTION = 500  # characters
 MOST_STEPS = 100  # evaluations per latent
 NEAREST = 5  # captions that are shown
 SOLVERS: tuple[type[Solver], ...] = (Euler, Midpoint, Heun, AdamsBashforth, DPMSolver2M, EulerMaruyama, DDIM, DDPM)
+FORWARD_MODE = threading.Lock()  # torch has one level of forward-mode derivatives for all threads
 
 
 class PlayError(ValueError):
@@ -207,7 +209,8 @@ class Studio:
     def nats(self, picture: Picture, caption: str, steps: int = 16) -> list[float]:
         """log p(z_i | earlier latents, caption) of every latent, in nats. Raises PriorError without a density."""
         self.check_caption(caption)
-        nats: list[float] = self.prior.log_prob(picture.z, [caption], steps)[0].tolist()
+        with FORWARD_MODE:
+            nats: list[float] = self.prior.log_prob(picture.z, [caption], steps)[0].tolist()
         return nats
 
     def generator(self, seed: int) -> torch.Generator:
