@@ -73,7 +73,8 @@ class FixedLatents(Spec, nn.Module):
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of z, each (B,K,C)."""
-        mean, std = self.moments(images.float())
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 would lose what a fixed map keeps
+            mean, std = self.moments(images.float())
         return (mean - self.latent_mean) / self.latent_scale, std / self.latent_scale
 
     def decode(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -83,7 +84,8 @@ class FixedLatents(Spec, nn.Module):
                 f"got latents of shape {tuple(z.shape)}, wanted (B, 1 to {self.num_latents}, {self.latent_dim})."
             )
         z = F.pad(z.float(), (0, 0, 0, self.num_latents - z.shape[1]))
-        return self.join(z * self.latent_scale + self.latent_mean).clamp(-1, 1)
+        with torch.autocast(z.device.type, enabled=False):
+            return self.join(z * self.latent_scale + self.latent_mean).clamp(-1, 1)
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Tensor]) -> int:

@@ -53,6 +53,16 @@ def test_identity_follows_the_statistics(make, size) -> None:  # type: ignore[no
     assert one.fingerprint != two.fingerprint
 
 
+@pytest.mark.parametrize(("make", "size"), SPACES.values(), ids=SPACES)
+def test_autocast_rounds_nothing(make, size) -> None:  # type: ignore[no-untyped-def]
+    """A report draws and decodes under the autocast of training."""
+    space, images = make(), pictures()
+    z = space.encode(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        coded, again = space.encode(images), space.decode(z)
+    assert torch.equal(coded, z) and again.dtype == torch.float32 and torch.equal(again, space.decode(z))
+
+
 def test_patches_are_stored_row_by_row() -> None:
     images, patches = pictures(), PatchLatents(16, 4)
     patches.fit_statistics([images])
