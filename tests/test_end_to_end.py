@@ -1,6 +1,5 @@
 """A small data set goes through both stages of every config, and through stage 1 with every overlay."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.cli import run_cli
 from stage1_tokenizer.training.latent_writer import LatentWriter
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
+from stage1_tokenizer.training.metrics_file import read_metrics
 from stage1_tokenizer.training.options import StartOptions
 from stage2_prior.prior import Prior
 from stage2_prior.training.latent_data import PriorDataModule
@@ -28,6 +28,7 @@ SHRUNK = [
     "--trainer.limit_val_batches=1",
     "--trainer.enable_progress_bar=false",
     "--trainer.accelerator=cpu",
+    "--live.every_n_steps=0",
     "--data.batch_size=4",
     "--data.val_batch_size=8",
 ]
@@ -82,7 +83,7 @@ def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Pa
     if variant in FROZEN:
         assert tokenizer.fingerprint == base.fingerprint, "a frozen latent space stays as it is"
     assert tokenizer.spec != base.spec or variant in SAME_PARTS, "other parts"
-    metrics = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(tmp_path / "stage1" / "metrics.csv")
     assert any("val/psnr_16" in line for line in metrics)
 
 
@@ -90,12 +91,12 @@ def test_a_tokenizer_trains_on_a_stream(demo: Path, tmp_path: Path) -> None:
     configs = [f"--config={CONFIGS / name}" for name in ("stage1/demo.yaml", "variants/streaming.yaml")]
     data = [f"--data.train_urls=['{demo}/data/train/*.tar']", f"--data.val_dir={demo / 'data'}", "--data.batch_size=4"]
     sizes = ["--data.steps_per_epoch=4", "--data.shuffle_buffer=8", "--model.passes.statistics_images=16"]
-    stage1("fit", *configs, f"--run_dir={tmp_path}", *data, *sizes, *SHRUNK[:5])
+    stage1("fit", *configs, f"--run_dir={tmp_path}", *data, *sizes, *SHRUNK[:6])
     tokenizer, base = (Tokenizer.from_pretrained(folder / "tokenizer") for folder in (tmp_path, demo))
     (known, other), _ = tokenizer.vocabulary.encode(["red", "unheard"])
     assert not torch.equal(known, other), "the vocabulary is that of the stream"
     assert tokenizer.fingerprint != base.fingerprint
-    metrics = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_metrics(tmp_path / "stage1" / "metrics.csv")
     assert any("val/psnr_16" in line for line in metrics)
 
 
@@ -141,7 +142,9 @@ def test_both_stages_of_a_config_run(name: str, tmp_path: Path) -> None:
     assert not data_main(["prepare", *scenes, "--out", str(tmp_path / "data")])
 
     own = [f"--run_dir={tmp_path}", f"--data.data_dir={tmp_path / 'data'}"]
-    stage1("fit", f"--config={config}", *own, *SHRUNK, "--model.passes.statistics_images=16")
+    live = [f"--live.every_n_steps={int(name == 'demo')}"]
+    stage1("fit", f"--config={config}", *own, *SHRUNK, *live, "--model.passes.statistics_images=16")
+    assert (tmp_path / "live.html").exists() == (name == "demo")
     stage1("predict", f"--config={config}", *own, *SHRUNK[4:])
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
     assert (tokenizer.latent_scale > 0).all() and tokenizer.latent_mean.abs().sum() > 0
@@ -149,7 +152,8 @@ def test_both_stages_of_a_config_run(name: str, tmp_path: Path) -> None:
     assert (CONFIGS / "stage2" / f"{name}.yaml").is_file(), f"configs/stage1/{name}.yaml has no partner in stage2"
     config = shrunk(CONFIGS / "stage2" / f"{name}.yaml", tmp_path)
     own = [f"--run_dir={tmp_path}", f"--data.data_dir={tmp_path / 'latents'}"]
-    stage2("fit", f"--config={config}", *own, *SHRUNK)
+    stage2("fit", f"--config={config}", *own, *SHRUNK, *live)
+    assert name != "demo" or "LitPrior after 2 steps" in (tmp_path / "live.html").read_text()
     prior = Prior.from_pretrained(tmp_path / "prior")
     prior.check(tokenizer)
     images = tokenizer.decode(prior.sample(["a red circle", "a blue square"], steps=2))

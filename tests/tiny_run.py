@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stage1_tokenizer.training.cli import UnspoolCLI, run_cli
 from stage1_tokenizer.training.launch import UsageError
+from stage1_tokenizer.training.live import Look
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 
 
@@ -99,6 +100,12 @@ class TinyLit(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self.val_weight = self.net.get_parameter("0.weight").detach().clone()
         self.log("val/loss", self.networks(batch["images"]).square().mean())
+
+    def look(self, pictures: int) -> Look:
+        """The weights as pictures, with noise that must not be missed by the next step."""
+        weight, noise = self.net.get_parameter("0.weight"), torch.rand(())
+        image = (weight[:4, :4] + 0 * noise).tanh().expand(pictures, 3, 4, 4)
+        return Look({"weight": image.clone()}, {"first": weight[0, 0].item()}, "weight")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None: ...
 

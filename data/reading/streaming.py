@@ -190,6 +190,12 @@ class StreamDataModule(LightningDataModule):
             raise DataError(f"a stream has no split {split}, only train")
         yield from self._stream(0).captions()
 
+    def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
+        """As `ImageDataModule.arrays`, of `val_dir`. Raises DataError where there is none and for the stream itself."""
+        if self._val is None or split == "train":
+            raise DataError(f"a stream cannot be looked up, got split {split}; set val_dir, or live.every_n_steps=0")
+        return self._val.arrays(split, limit)
+
     def _stream(self, rank: int) -> Stream:
         sizes = (self.image_size, self.batch_size, self.steps_per_epoch, self.shuffle_buffer)
         return Stream(self.urls, *sizes, self.seed, rank, self.most_errors)

@@ -79,9 +79,9 @@ class Report:
             "table", heading=heading, columns=columns, rows=rows, text_columns=words, quiet_rows=set_back, note=note
         )
 
-    def curve(self, heading: str, x_label: str, y_label: str, series: Series) -> "Report":
-        """Lines over the number of latents (logarithmic, ticks at the given x); consecutive curves share a row."""
-        plots = {screen: draw_curve(x_label, y_label, series, ink) for screen, ink in INK.items()}
+    def curve(self, heading: str, x_label: str, y_label: str, series: Series, log: bool = True) -> "Report":
+        """Lines over x (logarithmic: the number of latents, ticks at the given x); consecutive curves share a row."""
+        plots = {screen: draw_curve(x_label, y_label, series, ink, log) for screen, ink in INK.items()}
         self.files[f"{_slug(heading)}.png"] = plots["light"]
         if not self._parts or self._parts[-1][0] != "curves":
             self._add("curves", plots=[])
@@ -121,11 +121,11 @@ class Report:
         """Where the figures come from, as `evaluation.provenance` names it."""
         return self._add("provenance", facts=facts)
 
-    def html(self) -> str:
-        """The whole page."""
+    def html(self, reload: int = 0) -> str:
+        """The whole page; reload: seconds after which a browser loads it again, 0 for never."""
         template: Any = _environment().get_template("report.html").module
         parts = [getattr(template, macro)(**arguments) for macro, arguments in self._parts]
-        return str(template.page(self.title, self.subtitle, parts)).strip() + "\n"
+        return str(template.page(self.title, self.subtitle, parts, reload)).strip() + "\n"
 
     def write(self, folder: str | Path, metrics: Mapping[str, Any]) -> Path:
         """Write report.html, metrics.json and the PNGs into `folder`, over older ones; returns the page's path.

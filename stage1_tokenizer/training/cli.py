@@ -45,8 +45,10 @@ from stage1_tokenizer.training.launch import (
     resolve_precision,
     several_ranks,
 )
+from stage1_tokenizer.training.live import LivePage
+from stage1_tokenizer.training.metrics_file import MetricsFile
 from stage1_tokenizer.training.progress import StatusLine
-from stage1_tokenizer.training.run_folder import MetricsFile, RunFolder
+from stage1_tokenizer.training.run_folder import RunFolder
 from stage1_tokenizer.training.sizes import link_sizes
 
 RANK_OPTIONS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
@@ -149,6 +151,7 @@ class UnspoolCLI(LightningCLI):
         parser.add_lightning_class_args(EMAWeights, "ema")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(NaNGuard, "nan_guard")
+        parser.add_lightning_class_args(LivePage, "live")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -177,15 +180,20 @@ class UnspoolCLI(LightningCLI):
         if strategy == "ddp" or (strategy == "auto" and several):
             # text losses and discriminators run on some steps only and leave parameters unused on the others
             settings["strategy"] = "ddp_find_unused_parameters_true"
-        if self.option("trainer.logger") is None:
-            settings["logger"] = (
-                MetricsFile(self.folder.metrics_file) if self.subcommand in ("fit", "validate") else False
-            )
+        settings["logger"] = self.loggers()
         trainer = super().instantiate_trainer(**settings)
         for callback in trainer.callbacks:
             if isinstance(callback, RunCheckpoint):
                 callback.folder = self.folder
         return trainer
+
+    def loggers(self) -> list[Any] | bool:
+        """The metrics file of the run and the loggers that were asked for; none with `--trainer.logger false`."""
+        asked = self._get(self.config_init, "trainer.logger")
+        if self.subcommand not in ("fit", "validate") or asked is False:
+            return False
+        others = asked if isinstance(asked, list) else [asked]
+        return [MetricsFile(self.folder.metrics_file), *(logger for logger in others if logger not in (None, True))]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
         always = [RandomStates(), ConfiguredRates(), Throughput(), ExportAtEnd(), *self.callbacks]

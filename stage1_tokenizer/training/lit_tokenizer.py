@@ -24,6 +24,7 @@ from stage1_tokenizer.evaluation.provenance import attribution
 from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.card import tokenizer_card
+from stage1_tokenizer.training.live import Look
 from stage1_tokenizer.training.losses import ImageLoss
 from stage1_tokenizer.training.optim import MuonAdamW, planned_steps
 from stage1_tokenizer.training.options import (
@@ -162,6 +163,14 @@ class LitTokenizer(pl.LightningModule):
         for k in self.prefixes:
             value = psnr(self.tokenizer.decode(z[:, :k]), images).mean()
             self.log(f"val/psnr_{k}", value, batch_size=len(images), sync_dist=True)
+
+    def look(self, pictures: int) -> Look:
+        """Prefixes of held-out pictures, and their PSNR."""
+        images = self.data.arrays("val", pictures)["images"].to(self.device)
+        z, noise = self.tokenizer.encode(images), torch.Generator(self.device)
+        decoded = {k: self.tokenizer.decode(z[:, :k], noise.manual_seed(0)) for k in self.prefixes}
+        figures = {f"k = {k}": psnr(x, images).mean().item() for k, x in decoded.items()}
+        return Look({"held out": images, **{f"k = {k}": x for k, x in decoded.items()}}, figures, "PSNR, dB")
 
     # -- export -------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """One run folder per run, fixed by its owner: what lies where, what a fit may overwrite, and what it leaves behind.
 
     run_dir/stage1|stage2/   config.yaml (resolved, of the last fit), run.json (one entry per fit: commit, seed,
-                             versions, threads, what it resumed from), metrics.jsonl (appends), checkpoints/
+                             versions, threads, what it resumed from), metrics.csv (appends), checkpoints/
     run_dir/tokenizer|prior/ exports, written by the lit modules
 
 Two rules keep results from getting lost. A fit never starts over in a folder that holds checkpoints without
@@ -11,12 +11,9 @@ Two rules keep results from getting lost. A fit never starts over in a folder th
 import json
 import os
 import shutil
-import time
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from stage1_tokenizer.evaluation.provenance import describe_process
@@ -37,7 +34,7 @@ class RunFolder:
         self.stage_dir = self.run_dir / stage
         self.checkpoint_dir = self.stage_dir / "checkpoints"
         self.last_checkpoint = self.checkpoint_dir / "last.ckpt"
-        self.metrics_file = self.stage_dir / "metrics.jsonl"
+        self.metrics_file = self.stage_dir / "metrics.csv"
         self.config_file = self.stage_dir / "config.yaml"
         self.run_file = self.stage_dir / "run.json"
 
@@ -80,40 +77,6 @@ class RunFolder:
         fits = json.loads(self.run_file.read_text())["fits"] if self.run_file.is_file() else []
         fits.append({**describe_process(), "seed": seed, "resumed_from": None if resumed is None else str(resumed)})
         write_atomically(self.run_file, json.dumps({"fits": fits}, indent=2) + "\n")
-
-
-class MetricsFile(Logger):
-    """Appends one JSON object per logged step to `path`: step, epoch (if logged), seconds since 1970, and the metrics.
-
-    A file of an earlier fit is continued, never truncated; of two lines with the same step the later one holds.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.path.parent)
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml holds the resolved configuration."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        line = {"step": step, "time": round(time.time(), 2), **{key: float(value) for key, value in metrics.items()}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:

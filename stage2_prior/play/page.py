@@ -250,7 +250,7 @@ class Page:
             nats = {c: self.studio.nats(needed(picture, "first"), c) for c in asked}
             x = list(range(1, self.k + 1))
             labels = {c[:40]: (x, values) for c, values in nats.items()}
-            plot = data_uri(draw_curve("latent", "nats", labels, REFERENCE_COLOUR))
+            plot = data_uri(draw_curve("latent", "nats", labels, REFERENCE_COLOUR, log=False))
             sums = "".join(f"<li>{html.escape(c)}: {sum(v):.2f} nats</li>" for c, v in nats.items())
             return f"<img src='{plot}' alt='nats of each latent' style='max-width:100%;width:640px'><ul>{sums}</ul>"
 

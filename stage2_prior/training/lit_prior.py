@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.provenance import attribution
 from stage1_tokenizer.tokenizer import Tokenizer
+from stage1_tokenizer.training.live import Look
 from stage1_tokenizer.training.optim import planned_steps
 from stage1_tokenizer.training.options import OptimizerOptions, ScheduleOptions
 from stage2_prior.base import Prior
@@ -228,6 +229,20 @@ class LitPrior(pl.LightningModule):
             words = [c for c in captions if c.strip()] or [""]
             chosen.append(longest(words) if share < longest_share else words[int(which * len(words))])
         return self.prior.encode_samples(chosen, batch["labels"])
+
+    def look(self, pictures: int) -> Look:
+        """What is drawn for held-out captions, by prefix, and the last training loss."""
+        self.load_tokenizer()
+        self.move_tokenizer()
+        held = self.trainer.datamodule.arrays("val", pictures)  # type: ignore[attr-defined]
+        labels = held["labels"].tolist()
+        asked = [self.prior.words.ask(*sample) for sample in zip(held["captions"], labels, strict=True)]
+        s, generator = self.sampling, torch.Generator(self.device).manual_seed(0)
+        z = self.prior.sample([a for a in asked if a], s.guidance, s.steps, s.temperature, generator, s.solver)
+        lengths = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < z.shape[1]] + [z.shape[1]]
+        strips = {f"k = {k}": self.tokenizer.decode(z[:, :k], generator.manual_seed(0)) for k in lengths}
+        loss = self.trainer.callback_metrics.get("train/loss")
+        return Look(strips, {} if loss is None else {"training loss": float(loss)}, "loss")
 
     # -- use ----------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """Resuming: exact wherever a fit stopped, never silent, never at the price of an earlier fit."""
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 from stage1_tokenizer.training.cli import run_cli
+from stage1_tokenizer.training.metrics_file import read_metrics
 from stage1_tokenizer.training.optim import warmup_flat_cosine
 from tests.tiny_run import NumbersModule, TinyLit, checkpoint, fresh, run
 from tests.warm import Done, ranks
@@ -103,7 +103,7 @@ def test_a_fit_from_scratch_does_not_lose_checkpoints(tmp_path: Path, capsys: py
     assert checkpoint(tmp_path)["global_step"] == 2
     run(tmp_path, "--trainer.max_steps=1", "--overwrite=true")
     assert checkpoint(tmp_path)["global_step"] == 1
-    steps = [json.loads(line)["step"] for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in read_metrics(tmp_path / "stage1" / "metrics.csv")]
     assert max(steps) == 0
 
 

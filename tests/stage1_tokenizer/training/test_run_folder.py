@@ -12,6 +12,7 @@ import yaml
 
 from stage1_tokenizer.training.callbacks import NaNGuard, NonFiniteLossError
 from stage1_tokenizer.training.ema import EMAWeights
+from stage1_tokenizer.training.metrics_file import read_metrics
 from tests.tiny_run import TinyLit, checkpoint, fresh, run
 
 __all__ = ["fresh"]  # a fixture that every test here uses
@@ -20,7 +21,7 @@ __all__ = ["fresh"]  # a fixture that every test here uses
 def test_metrics_append_and_the_folder_tells_its_story(tmp_path: Path) -> None:
     run(tmp_path, "--trainer.max_steps=2")
     run(tmp_path, "--trainer.max_steps=4", "--resume=auto")
-    lines = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(tmp_path / "stage1" / "metrics.csv")
     assert [line["step"] for line in lines if "loss" in line] == [0, 1, 2, 3]
     assert any(line.get("throughput/samples_per_s", 0) > 0 for line in lines)
     fits = json.loads((tmp_path / "stage1" / "run.json").read_text())["fits"]

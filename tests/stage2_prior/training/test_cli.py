@@ -18,6 +18,7 @@ from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, fit_classifier
 from stage1_tokenizer.training.cli import run_cli
+from stage1_tokenizer.training.metrics_file import read_metrics
 from stage2_prior import CausalPrior, Prior
 from stage2_prior.captions import longest
 from stage2_prior.evaluation import distances, generation, sweep as sweep_module
@@ -107,7 +108,7 @@ def test_fit_exports_a_prior_of_these_latents(run_dir: Path) -> None:
     assert prior.vocabulary is not None and prior.vocabulary.size > 20
     z = prior.sample(["a large red circle in the center on a white background"])
     assert tokenizer.decode(z).shape == (1, 3, SIZE, SIZE)
-    lines = [json.loads(line) for line in (run_dir / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run_dir / "stage2" / "metrics.csv")
     assert any("val/loss" in line for line in lines)
 
 
@@ -229,7 +230,7 @@ def from_pictures(command: str, run_dir: Path, *more: str) -> None:
 
 
 def losses_of(run_dir: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run_dir / "stage2" / "metrics.csv")
     return [line["val/loss"] for line in lines if "val/loss" in line]
 
 
