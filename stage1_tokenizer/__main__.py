@@ -2,6 +2,7 @@
 
     python -m stage1_tokenizer fit|validate|test|predict --config configs/stage1/NAME.yaml
     python -m stage1_tokenizer reconstruct --tokenizer DIR photo.jpg --latents 1 2 4 8 --out grid.png
+    python -m stage1_tokenizer export_onnx --tokenizer DIR --out DIR
     python -m stage1_tokenizer glyphs --tokenizer DIR --data SHARDS --out DIR
 
 The first four are Lightning's; the others work on an exported folder, and load no config.
@@ -12,6 +13,7 @@ import sys
 
 COMMANDS = {
     "reconstruct": "stage1_tokenizer.evaluation.reconstruct",
+    "export_onnx": "stage1_tokenizer.graphs",
     "glyphs": "stage1_tokenizer.evaluation.glyph_reading",
 }
 

@@ -130,6 +130,10 @@ class Tokenizer(Spec, nn.Module):
         with held_autocast(self.held, z.device):
             return self.text_part().embed(self.unstandardised(z))
 
+    def embed_images(self, images: Tensor, k: int | None = None) -> Tensor:
+        """images (B,3,H,W) in [-1,1] -> (B,E) unit vectors of their first k latents (None: K), as `embed_latents`."""
+        return self.embed_latents(self.encode(images, k))
+
     def unstandardised(self, z: Tensor) -> Tensor:
         """z (B,k,C) standardised -> as bottleneck, decoder and supervision have it (B,k,C)."""
         k = z.shape[1]
@@ -147,6 +151,11 @@ class Tokenizer(Spec, nn.Module):
         if self.text is None:
             raise ValueError("this tokenizer was built without text supervision (text: null); use one that has it.")
         return self.text
+
+    def check_length(self, k: int) -> int:
+        if not 1 <= k <= self.num_latents:
+            raise ValueError(f"got {k} latents, wanted a prefix of 1 to {self.num_latents}.")
+        return k
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -271,7 +280,6 @@ class Tokenizer(Spec, nn.Module):
 
         dtype: of the linear layers' weights and products (`precision.hold_weights`), for use without training; None
         keeps float32. trust: packages of yours whose classes the export may name.
-
         Raises FileNotFoundError for a missing folder and ValueError for another kind of model, a newer format or
         weights of another shape.
         """
@@ -289,12 +297,5 @@ class Tokenizer(Spec, nn.Module):
 
     def loaded_from(self, config: dict[str, Any]) -> None:
         """Keep the identity of the export that this was loaded from; `config` is its config.json."""
-        made = config["init_args"]
-        self.described = config.get("described") or describe(made["encoder"], made["bottleneck"])
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def check_length(self, k: int) -> int:
-        if not 1 <= k <= self.num_latents:
-            raise ValueError(f"got {k} latents, wanted a prefix of 1 to {self.num_latents}.")
-        return k
+        own = describe(config["init_args"]["encoder"], config["init_args"]["bottleneck"])
+        self.described = config.get("described") or own

@@ -145,7 +145,7 @@ class ConvDecoder(PixelDecoder):
 
     def forward(self, z: Tensor, keep_mask: Tensor, base: Tensor | None = None) -> Tensor:
         z = torch.where(keep_mask[..., None], z, self.null)  # (B,K,C)
-        x = channels_last(self.latent(z.flatten(1)).view(len(z), -1, self.side, self.side))  # (B,D,H/p,W/p)
+        x = channels_last(self.latent(z.flatten(1)).unflatten(1, (-1, self.side, self.side)))  # (B,D,H/p,W/p)
         x = self.place(x) + self.kept(keep_mask.to(x.dtype))[..., None, None]  # (B,c,H/p,W/p)
         for i in reversed(range(len(self.levels))):
             if base is not None and self.base:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import webdataset
 
 from data.reading.datamodule import ImageDataModule
+from data.reading.latents import LatentShardWriter, write_latent_manifest
 from data.sources.open import SourceConfig
 from tests.data_samples import foreign, prepared, records_in
 
@@ -77,3 +80,22 @@ def test_tars_of_img2dataset_are_read_in_place(tmp_path: Path) -> None:
     assert len(train["keys"]) + len(val["keys"]) == 40 and not set(train["keys"]) & set(val["keys"])
     assert all(captions == [f"text {key}"] for key, captions in zip(train["keys"], train["captions"], strict=True))
     assert train["images"].shape[1:] == (3, 16, 16)
+
+
+def test_plain_webdataset_and_safetensors_read_our_latents(tmp_path: Path) -> None:
+    """The loop of the README, without a line of this project."""
+    z = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0))
+    with LatentShardWriter(tmp_path, "train", shard_size=2) as writer:
+        for i in range(5):
+            writer.write(f"key{i}", z[i], z[i].abs(), [f"caption {i}", "another"], {})
+    write_latent_manifest(tmp_path, 3, 2, "abc")
+    shards = [str(path) for path in sorted((tmp_path / "train").glob("*.tar"))]
+    seen = 0
+    for sample in webdataset.WebDataset(shards, shardshuffle=False):
+        arrays = safetensors.torch.load(sample["safetensors"])
+        i = int(sample["__key__"].removeprefix("key"))
+        assert torch.equal(arrays["mean"], z[i]) and torch.equal(arrays["std"], z[i].abs())
+        assert sample["txt"].decode().splitlines()[0] == f"caption {i}"
+        assert json.loads(sample["json"])["captions"] == [f"caption {i}", "another"]
+        seen += 1
+    assert seen == 5 and len(shards) == 3
