@@ -279,9 +279,8 @@ class Tokenizer(Spec, nn.Module):
         """Load an exported folder, or a Hub repository by id; in eval mode.
 
         dtype: of the linear layers' weights and products (`precision.hold_weights`), for use without training; None
-        keeps float32. trust: packages of yours whose classes the export may name.
-        Raises FileNotFoundError for a missing folder and ValueError for another kind of model, a newer format or
-        weights of another shape.
+        keeps float32. trust: packages of yours whose classes the export may name. Raises FileNotFoundError for a
+        missing folder and ValueError for another kind of model, a newer format or weights of another shape.
         """
         tokenizer = load_module(cls, path, revision, trust)
         if dtype is not None:
@@ -297,5 +296,5 @@ class Tokenizer(Spec, nn.Module):
 
     def loaded_from(self, config: dict[str, Any]) -> None:
         """Keep the identity of the export that this was loaded from; `config` is its config.json."""
-        own = describe(config["init_args"]["encoder"], config["init_args"]["bottleneck"])
-        self.described = config.get("described") or own
+        parts = config["init_args"]
+        self.described = config.get("described") or describe(parts["encoder"], parts["bottleneck"])

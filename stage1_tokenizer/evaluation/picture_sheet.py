@@ -51,7 +51,7 @@ def image_grid(rows: Sequence[Tensor], scale: int = 1) -> Image.Image:
 def png(image: Image.Image) -> bytes:
     """The picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
