@@ -11,25 +11,36 @@ The first four are Lightning's; the others work on an exported folder, and load 
 import importlib
 import sys
 
-COMMANDS = {
-    "reconstruct": "stage1_tokenizer.evaluation.reconstruct",
-    "export_onnx": "stage1_tokenizer.graphs",
-    "glyphs": "stage1_tokenizer.evaluation.glyph_reading",
+from stage1_tokenizer.commands import answered
+
+PROG = "python -m stage1_tokenizer"
+OF_RUNS = {
+    "fit": "train a tokenizer on image shards, then export it to RUN_DIR/tokenizer",
+    "validate": "PSNR of the exported tokenizer by prefix length, on the val split",
+    "test": "measure the exported tokenizer on held-out pictures: RUN_DIR/reconstruction/report.html",
+    "predict": "encode all pictures to latent shards in RUN_DIR/latents, which stage 2 trains on",
+}
+OTHERS = {  # command -> its module, what it does
+    "reconstruct": ("stage1_tokenizer.evaluation.reconstruct", "pictures from their first k latents, as one grid"),
+    "export_onnx": ("stage1_tokenizer.graphs", "write encode.onnx and decode.onnx for programs without torch"),
+    "glyphs": ("stage1_tokenizer.evaluation.glyph_reading", "how many characters a line of latents can carry"),
 }
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; `args` as on the command line, None for the process's own. Returns the exit status."""
     word, *rest = (sys.argv[1:] if args is None else args) or [""]
-    if word in COMMANDS:
-        status: int = importlib.import_module(COMMANDS[word]).main(rest)
+    status = answered(PROG, word, OF_RUNS | {command: purpose for command, (_, purpose) in OTHERS.items()})
+    if status is not None:
         return status
+    if word in OTHERS:
+        return int(importlib.import_module(OTHERS[word][0]).main(rest))
     from data.reading.datamodule import ImageDataModule
     from stage1_tokenizer.training.cli import run_cli
     from stage1_tokenizer.training.latent_writer import LatentWriter
     from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 
-    run_cli("stage1", LitTokenizer, ImageDataModule, "python -m stage1_tokenizer", args, [LatentWriter()])
+    run_cli("stage1", LitTokenizer, ImageDataModule, PROG, args, [LatentWriter()], OF_RUNS)
     return 0
 
 

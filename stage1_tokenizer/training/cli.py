@@ -22,9 +22,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -47,6 +47,7 @@ from stage1_tokenizer.training.launch import (
 )
 from stage1_tokenizer.training.live import LivePage
 from stage1_tokenizer.training.metrics_file import MetricsFile
+from stage1_tokenizer.training.parser import ShortErrorParser
 from stage1_tokenizer.training.progress import StatusLine
 from stage1_tokenizer.training.run_folder import RunFolder
 from stage1_tokenizer.training.sizes import link_sizes
@@ -54,27 +55,6 @@ from stage1_tokenizer.training.sizes import link_sizes
 RANK_OPTIONS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
 ROOMS = ("data", "stage1_tokenizer", "stage2_prior")
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
-
-
-class ShortErrorParser(LightningArgumentParser):
-    """A parser whose errors are two lines: what is wrong, and where the options are listed."""
-
-    command: ClassVar[str] = ""  # as typed; the parsers of nested classes do not know it
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sentence = " ".join(message.split())
-        if sentence.startswith("Call to compute_fn of link"):  # a size that is contradicted: see sizes.py
-            sentence = sentence.partition(" failed: ")[2]
-        sys.stderr.write(f"error: {sentence}\nAll options: {self.command} --help\n")
-        raise SystemExit(2)
-
-    def _check_value_key(self, action: Any, value: Any, key: str, cfg: Any, **append: Any) -> Any:
-        """As jsonargparse has it, but a link of a size does not check the whole model: that is done once, afterwards.
-
-        With twenty links it was two thirds of the time that a command takes to read its options.
-        """
-        of_link = cfg is None and not append and key in ("model", "data")
-        return value if of_link else super()._check_value_key(action, value, key, cfg, **append)
 
 
 class UnspoolCLI(LightningCLI):
@@ -88,7 +68,9 @@ class UnspoolCLI(LightningCLI):
         prog: str,
         args: list[str] | None = None,
         callbacks: Sequence[pl.Callback] = (),
+        purposes: Mapping[str, str] | None = None,
     ) -> None:
+        self.purposes = purposes or {}
         self.stage, self.default_classes = stage, {"model": model_class, "data": datamodule_class}
         self.callbacks = callbacks
         args = with_files(sys.argv[1:] if args is None else args, stage)
@@ -119,6 +101,14 @@ class UnspoolCLI(LightningCLI):
             "predict": skip | {"return_predictions"},
         }
         return {self.word: commands[self.word]} if self.word in commands else commands
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """As Lightning has it, but a command says what it does here, and not what its trainer's method is called."""
+        for command, purpose in self.purposes.items():
+            kwargs.setdefault(command, {})["description"] = purpose
+        super()._add_subcommands(parser, **kwargs)
+        for only in self._subcommand_parsers.values():
+            ShortErrorParser.options = frozenset(a.dest for a in only._actions if not a.dest.endswith(".help"))
 
     def _dump_config(self) -> None:
         """Plain values for a module that calls `save_hyperparameters`; Lightning's dump is a tenth of a start."""
@@ -264,6 +254,7 @@ def run_cli(
     prog: str,
     args: list[str] | None = None,
     callbacks: Sequence[pl.Callback] = (),
+    purposes: Mapping[str, str] | None = None,
 ) -> UnspoolCLI:
     """Run one command of a stage; returns the CLI object, for programs and tests that look at its trainer or model.
 
@@ -274,7 +265,7 @@ def run_cli(
     """
     quieten_lightning()
     try:
-        return UnspoolCLI(stage, model_class, datamodule_class, prog, args, callbacks)
+        return UnspoolCLI(stage, model_class, datamodule_class, prog, args, callbacks, purposes)
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("UNSPOOL_TRACEBACK") or not raised_for_the_user(error):
             raise

@@ -1,5 +1,8 @@
 """The command line: short errors, overlays, classes by path, precision, compilation."""
 
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,46 @@ def test_wrong_options_get_a_short_error(
     assert stopped.value.code in (1, 2) and expected in error
     assert "All options" not in error or "python -m stage1_tokenizer fit --help" in error
     assert error.count("\n") <= 2 and "usage:" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--model.widht=3"], "width"),
+        (["--trainer.max_stpes=3"], "trainer.max_steps"),
+        (["--runn_dir=3"], "run_dir"),
+        (["--data.batchsize=3"], "batch_size"),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_the_right_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], meant: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, *words)
+    assert f"did you mean {meant}" in capsys.readouterr().err.splitlines()[0]
+
+
+def test_misspelt_keys_of_a_config_are_answered_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, meant in (({"trainer": {"maxsteps": 3}}, "trainer.max_steps"), ({"ema": {"deacy": 0.5}}, "ema.decay")):
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+        with pytest.raises(SystemExit):
+            run(tmp_path, f"--config={tmp_path / 'wrong.yaml'}")
+        assert f"did you mean {meant}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--nothing.like.it=3")
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["stage1_tokenizer", "stage2_prior"])
+def test_help_says_what_commands_do_and_loads_nothing(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = f"import sys; from {stage}.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "RUN_DIR/" in done.stdout and done.stdout.endswith("False\n") and "optimization routine" not in done.stdout
+    main = importlib.import_module(f"{stage}.__main__").main
+    assert main(["fitt"]) == 2 and "did you mean fit?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", "--help"])
+    assert stopped.value.code == 0 and "RUN_DIR/" in capsys.readouterr().out.split("options:")[0]
 
 
 class OtherLit(TinyLit):
