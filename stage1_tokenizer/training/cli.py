@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import traceback
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ from stage1_tokenizer.training.progress import StatusLine
 from stage1_tokenizer.training.run_folder import RunFolder
 from stage1_tokenizer.training.sizes import link_sizes
 
+TRAINER_OPTIONS = (  # of Lightning's trainer; --help lists these, --help=all the others too
+    *("accelerator", "devices", "num_nodes", "strategy", "max_steps", "max_epochs", "max_time", "val_check_interval"),
+    *("limit_val_batches", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "logger", "callbacks"),
+)
 RANK_OPTIONS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
 ROOMS = ("data", "stage1_tokenizer", "stage2_prior")
 SOURCE_ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +79,8 @@ class UnspoolCLI(LightningCLI):
         self.stage, self.default_classes = stage, {"model": model_class, "data": datamodule_class}
         self.callbacks = callbacks
         args = with_files(sys.argv[1:] if args is None else args, stage)
+        self.short_help = "--help=all" not in args and not {"-h", "--help"}.isdisjoint(args)
+        args = ["--help" if word == "--help=all" else word for word in args]
         self.word = next(iter(args), "")
         ShortErrorParser.command = f"{prog} {self.word}" if self.word in self.subcommands() else prog
         super().__init__(
@@ -116,6 +123,11 @@ class UnspoolCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_core_arguments_to_parser(parser)
+        if self.short_help:
+            parser.epilog = "More options of Lightning's trainer: --help=all"
+            for action in parser._actions:
+                if action.dest.startswith("trainer") and action.dest.split(".")[-1] not in TRAINER_OPTIONS:
+                    action.help = SUPPRESS
         for name, cls in self.default_classes.items():
             parser.set_defaults({name: {"class_path": public_path(cls)}})
 

@@ -89,6 +89,21 @@ def test_help_says_what_commands_do_and_loads_nothing(stage: str, capsys: pytest
     assert stopped.value.code == 0 and "RUN_DIR/" in capsys.readouterr().out.split("options:")[0]
 
 
+def test_help_lists_the_trainer_options_that_people_set_and_all_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = []
+    for words in (["--help"], ["--help=all"]):
+        with pytest.raises(SystemExit):
+            run(tmp_path, *words)
+        pages.append(capsys.readouterr().out)
+    short, whole = pages
+    for option in ("--trainer.max_steps", "--run_dir", "--live.every_n_steps", "--help=all"):
+        assert option in short
+    assert "--trainer.barebones" not in short and "--trainer.barebones" in whole
+    assert short.count("\n") < 0.7 * whole.count("\n")
+
+
 class OtherLit(TinyLit):
     """A variant that trains differently: chosen by its class path in an overlay."""
 
