@@ -24,6 +24,7 @@ from stage1_tokenizer.supervision import Supervision
 from stage1_tokenizer.text.captioner import PrefixCaptioner
 from stage1_tokenizer.text.contrast import MaxOverQueries, SigmoidContrast, SoftmaxContrast
 from stage1_tokenizer.text.memory import CaptionMemory
+from stage1_tokenizer.text.ranks import Rows, sum_over_ranks, world_size
 from stage1_tokenizer.text.readers import PrefixReader, QueryReader, on_device
 from stage1_tokenizer.text.towers import Tower
 from stage1_tokenizer.text.vocabulary import END, PAD, CaptionVocabulary
@@ -34,7 +35,8 @@ class GradientBalance(nn.Module):
 
     `first, second = balance(z)` returns two views of z; in the backward pass the running norms of both gradients are
     measured, and the second is multiplied by share * |first| / |second| (norms averaged over about 1 / (1 - momentum)
-    steps). Both stay on the device: no host sync. Norms are buffers, so a resumed run goes on exactly.
+    steps). Both stay on the device: no host sync. Norms are buffers, so a resumed run goes on exactly; they are those
+    of the global batch, whatever the number of ranks. A step whose gradient is zero, for want of captions, is left out.
     """
 
     norms: Tensor
@@ -55,10 +57,12 @@ class GradientBalance(nn.Module):
 
     @torch.no_grad()
     def watch(self, gradient: Tensor, which: int) -> Tensor:
-        norm = gradient.float().norm()
+        norm, world = gradient.float().norm(), world_size()
+        if world > 1:  # of a loss that is the mean over ranks, a rank sees W times the gradient of its rows
+            norm = sum_over_ranks(norm.square()).sqrt() / world
         old = self.norms[which]
         new = torch.where(old == 0, norm, old.lerp(norm, 1 - self.momentum))
-        self.norms[which] = torch.where(norm.isfinite(), new, old)  # float16 overflows now and then: no step is made
+        self.norms[which] = torch.where(norm.isfinite() & (norm > 0), new, old)  # float16 overflows: no step is made
         return gradient
 
     def scale(self, gradient: Tensor) -> Tensor:
@@ -164,19 +168,21 @@ class PrefixText(Supervision):
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """z (B,K,C), ids (B,L) -> {"text": weighted sum, "text_k<first length>": loss of the shortest, "caption"}.
 
-        A picture whose caption is empty is left out.
+        A picture whose caption is empty is left out. Of several ranks all call it in the same steps: pictures and
+        captions of all are compared (`ranks`).
         """
-        has_caption = ids[:, 1] != END  # (B,)
-        embedded = self.tower(ids)  # (B,E)
-        known, known_ids = embedded, ids
+        rows = Rows(len(ids), ids.device)
+        embedded, all_ids = rows.of_all(self.tower(ids)), rows.of_all(ids)  # (B,E), (B,L); B of all ranks from here on
+        has_caption = all_ids[:, 1] != END  # (B,)
+        known, known_ids = embedded, all_ids
         if self.memory is not None:
             # copies: `store` writes in place, before the backward pass
             known = torch.cat([embedded, self.memory.embedded])  # (N,E)
-            known_ids = torch.cat([ids, self.memory.ids])  # (N,L)
+            known_ids = torch.cat([all_ids, self.memory.ids])  # (N,L)
             if self.training:
-                self.memory.store(embedded * has_caption[:, None], ids)
-        same = (ids[:, None] == known_ids).all(-1) & has_caption[:, None]  # (B,N)
-        image = self.reader(z, self.lengths)  # (B,P,E)
+                self.memory.store(embedded * has_caption[:, None], all_ids)
+        same = (all_ids[:, None] == known_ids).all(-1) & has_caption[:, None]  # (B,N)
+        image = rows.of_all(self.reader(z, self.lengths))  # (B,P,E)
         count = len(self.lengths)
         each = self.contrast(image, known[:, None].expand(-1, count, -1), same.expand(count, -1, -1))  # (P,) or (1,)
         parts = {"text": (self.weights * each).sum(), f"text_k{self.lengths[0]}": each[0].detach()}
@@ -190,4 +196,5 @@ class PrefixText(Supervision):
         k = on_device(self.lengths, z.device)[drawn]
         target = ids.masked_fill(ids[:, 1:2] == END, PAD)  # an empty caption asks for nothing: 0 nats
         nats = captioner(z, keep_mask(k, z.shape[1]), target)  # (B,L-1)
-        return nats.sum() / (target[:, 1:] != PAD).sum().clamp(min=1)
+        tokens = sum_over_ranks((target[:, 1:] != PAD).sum())
+        return world_size() * nats.sum() / tokens.clamp(min=1)  # of which ranks take the mean

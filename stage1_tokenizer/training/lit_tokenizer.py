@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage1_tokenizer.evaluation.provenance import attribution
 from stage1_tokenizer.similarity import psnr
+from stage1_tokenizer.text.ranks import world_size
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.card import tokenizer_card
 from stage1_tokenizer.training.live import Look
 from stage1_tokenizer.training.losses import ImageLoss
+from stage1_tokenizer.training.means import Means
 from stage1_tokenizer.training.optim import MuonAdamW, planned_steps
 from stage1_tokenizer.training.options import (
     OptimizerOptions,
@@ -70,6 +72,7 @@ class LitTokenizer(pl.LightningModule):
         if start.freeze_encoder:
             tokenizer.requires_grad_(False)
             tokenizer.decoder.requires_grad_(True)
+        self.means = Means()
         self.run_dir, self.stage_dir = Path("runs"), Path("runs")  # set by the command line
         self.prefixes = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < tokenizer.num_latents] + [
             tokenizer.num_latents
@@ -148,7 +151,7 @@ class LitTokenizer(pl.LightningModule):
         if self.tokenizer.text is None or self.global_step % self.tokenizer.text.every:
             return None
         given = [[caption for caption in captions if caption.strip()] for captions in batch["captions"]]
-        if not any(given):
+        if not any(given) and world_size() == 1:  # of several ranks all take part in the text losses
             return None
         u = torch.rand(len(given), 2).tolist()
         chosen = [
@@ -161,8 +164,10 @@ class LitTokenizer(pl.LightningModule):
         images = batch["images"]
         z = self.tokenizer.encode(images)
         for k in self.prefixes:
-            value = psnr(self.tokenizer.decode(z[:, :k]), images).mean()
-            self.log(f"val/psnr_{k}", value, batch_size=len(images), sync_dist=True)
+            self.means.add(f"val/psnr_{k}", psnr(self.tokenizer.decode(z[:, :k]), images))
+
+    def on_validation_epoch_end(self) -> None:
+        self.means.log(self)
 
     def look(self, pictures: int) -> Look:
         """Prefixes of held-out pictures, and their PSNR."""

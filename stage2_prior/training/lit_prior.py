@@ -23,6 +23,7 @@ from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.provenance import attribution
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.live import Look
+from stage1_tokenizer.training.means import Means
 from stage1_tokenizer.training.optim import planned_steps
 from stage1_tokenizer.training.options import OptimizerOptions, ScheduleOptions
 from stage2_prior.base import Prior
@@ -82,6 +83,7 @@ class LitPrior(pl.LightningModule):
         self.register_buffer("position_weights", weights, persistent=False)
         self.position_weights: Tensor | None
         self.sampling, self.tokenizer_dir, self.report = sampling, tokenizer_dir, report or GenerationReport()
+        self.means = Means()
         self.run_dir, self.stage_dir = Path("."), Path(".")  # given by the command line
         self.frozen: tuple[LatentSpace, ...] = ()  # the tokenizer; a tuple is no submodule: no checkpoint holds it
 
@@ -214,12 +216,12 @@ class LitPrior(pl.LightningModule):
         z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
         text = self.text(batch, longest_share=1.0)
         loss = self.prior.losses(z, text, generator)  # (B,K)
-        rows = len(loss)
-        self.log("val/loss", loss.mean(), batch_size=rows, prog_bar=True, sync_dist=True)
-        self.log("val/loss_first", loss[:, 0].mean(), batch_size=rows, sync_dist=True)
-        self.log("val/loss_last", loss[:, -1].mean(), batch_size=rows, sync_dist=True)
-        for name, values in self.prior.figures(z, text).items():
-            self.log(f"val/{name}", values.mean(), batch_size=rows, sync_dist=True)
+        figures = {"loss": loss, "loss_first": loss[:, :1], "loss_last": loss[:, -1:], **self.prior.figures(z, text)}
+        for name, values in figures.items():
+            self.means.add(f"val/{name}", values.flatten(1).mean(1) if values.ndim > 1 else values)
+
+    def on_validation_epoch_end(self) -> None:
+        self.means.log(self)
 
     def text(self, batch: dict[str, Any], longest_share: float) -> Text:
         """One caption per sample, or its label; a sample that has none is trained without (the null word)."""
