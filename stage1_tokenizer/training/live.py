@@ -35,6 +35,8 @@ class Look:
 class Watched(Protocol):
     """A lit module that can be watched."""
 
+    run_dir: Path
+
     def look(self, pictures: int) -> Look:
         """At so many held-out samples, the same every time."""
 

@@ -1,6 +1,11 @@
 """metrics.csv: one row per logged step, one column per metric, as Lightning's CSVLogger writes it.
 
-That logger begins a new file with every fit and writes a row only every so often. Here a file of an earlier fit is
+TensorBoard and Weights & Biases stand beside it, by Lightning's loggers and with pictures (`live`):
+
+    --trainer.logger TensorBoardLogger --trainer.logger.save_dir runs/demo
+    --trainer.logger WandbLogger --trainer.logger.project unspool
+
+CSVLogger begins a new file with every fit and writes a row only every so often. Here a file of an earlier fit is
 continued, every row is on disk when it is logged, and a metric that comes later gets a column at the end of all rows.
 """
 
@@ -52,7 +57,7 @@ class MetricsFile(Logger):
             self.columns = list(dict.fromkeys([*(name for known in rows for name in known), *self.columns, *row]))
             self.path.parent.mkdir(parents=True, exist_ok=True)
             heading = {name: name for name in self.columns}
-            write_atomically(self.path, "".join(map(self.line, [heading, *rows])))
+            write_atomically(self.path, self.line(heading) + "".join(map(self.line, rows)))
         with self.path.open("a", newline="") as file:
             file.write(self.line(row))
 

@@ -53,7 +53,7 @@ def studio_of(options: argparse.Namespace) -> tuple[Studio, list[Example]]:
     place = options.prior or (run / "prior" if options.run_dir else None)
     absent = "there is no prior, name one with --prior" if place is None else f"there is no prior in {place}, train one"
     prior = None
-    if options.prior is not None or (place is not None and Path(place).is_dir()):
+    if place is not None and (options.prior is not None or Path(place).is_dir()):
         prior = Prior.from_pretrained(place, device=options.device)
     data_dir = options.data or (run / "data" if options.run_dir else Path("nowhere"))
     captions, examples = held_out(Path(data_dir), tokenizer.image_size)

@@ -168,7 +168,7 @@ class Page:
                 k = gr.Slider(1, self.k, 1, step=1, label="latents", elem_id="latents")
                 out = gr.HTML(unspool(picture.value, 1), elem_id="unspooled")
         answer = guarded(unspool)
-        quick = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last"}
         k.input(answer, [picture, k], out, **quick)
         picture.change(answer, [picture, k], out, **quick)
 

@@ -48,7 +48,7 @@ def test_training_is_the_same_to_the_last_bit_with_and_without_it(tmp_path: Path
 
 
 def test_tensorboard_gets_figures_and_pictures_beside_the_csv(tmp_path: Path) -> None:
-    kind = "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger"
+    kind = "--trainer.logger=TensorBoardLogger"
     run(
         tmp_path,
         "--trainer.max_steps=4",

@@ -5,6 +5,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 
 from stage1_tokenizer.evaluation.reconstruct import ReconstructError
 from stage1_tokenizer.similarity import psnr
-from stage2_prior import MaskedPrior, MSEHead
+from stage2_prior import Head, MaskedPrior, MSEHead
 from stage2_prior.latent_space import PriorError
 from stage2_prior.play.command import free_port, main
 from stage2_prior.play.studio import Drawing, PlayError, Studio
@@ -21,7 +22,7 @@ from tests.small_priors import awake, parts
 from tests.tiny import CAPTIONS, SIZE, C, K, pictures, tiny_tokenizer
 
 
-def made(prior: bool = True, head: torch.nn.Module | None = None) -> Studio:
+def made(prior: bool = True, head: Head | None = None) -> Studio:
     """A studio over small models that know each other."""
     tokenizer = tiny_tokenizer()
     if not prior:
@@ -63,7 +64,7 @@ def test_a_line_grows_to_what_the_prior_draws_at_once() -> None:
     lines = list(studio.draw("a red circle", how))
     assert [z.shape for z in lines] == [(1, k, C) for k in range(1, K + 1)]
     assert all(torch.equal(a, b[:, :-1]) for a, b in itertools.pairwise(lines))
-    options = {
+    options: dict[str, Any] = {
         "guidance": 2.5,
         "steps": 4,
         "temperature": 0.9,
