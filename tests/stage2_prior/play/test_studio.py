@@ -3,14 +3,17 @@
 import io
 import itertools
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from data.sources.open import SourceConfig
 from stage1_tokenizer.evaluation.reconstruct import ReconstructError
 from stage1_tokenizer.similarity import psnr
 from stage2_prior import Head, MaskedPrior, MSEHead
@@ -18,6 +21,7 @@ from stage2_prior.latent_space import PriorError
 from stage2_prior.play.command import free_port, main
 from stage2_prior.play.studio import Drawing, PlayError, Studio
 from stage2_prior.variants.captioning import CaptioningPrior
+from tests.data_samples import prepared
 from tests.small_priors import awake, parts
 from tests.tiny import CAPTIONS, SIZE, C, K, pictures, tiny_tokenizer
 
@@ -161,3 +165,27 @@ def test_the_command_answers_wrong_options_in_one_sentence(tmp_path: Path, capsy
                 main(words)
             error = capsys.readouterr().err
             assert ended.value.code == 1 and sentence in error and error.count("\n") == 1
+
+
+def test_the_command_serves_what_a_run_holds_to_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(SourceConfig("scenes", num=60, size=SIZE, seed=4), tmp_path / "data", val_fraction=0.5)
+    studio = made()
+    studio.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    served: list[tuple[Studio, list[tuple[str, torch.Tensor]], str, int]] = []
+    page = SimpleNamespace(serve=lambda *arguments: served.append(arguments))
+    monkeypatch.setitem(sys.modules, "stage2_prior.play.page", page)
+    assert main(["--run_dir", str(tmp_path)]) == 0
+    studio.prior.save_pretrained(tmp_path / "prior")
+    assert main(["--run_dir", str(tmp_path)]) == 0
+    (without, *_), (whole, examples, host, _) = served
+    assert host == "127.0.0.1" and without.maybe_prior is None and str(tmp_path / "prior") in without.absent
+    assert whole.prior.fingerprint == studio.tokenizer.fingerprint
+    assert len(set(whole.captions)) == len(whole.captions) > 10
+    assert 10 < len(examples) <= 24 and examples[3][0].partition(": ")[2] in whole.captions
+    assert whole.encode(examples[3][1]).z.shape == (1, K, C)
+    monkeypatch.setitem(sys.modules, "stage2_prior.play.page", None)  # as where Gradio is not installed
+    with pytest.raises(SystemExit):
+        main(["--run_dir", str(tmp_path)])
+    assert "pip install 'unspool[play]'" in capsys.readouterr().err
