@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from stage1_tokenizer.training.checkpoint_file import replace_last, writing
 from stage1_tokenizer.training.ema import EMAWeights
 from stage1_tokenizer.training.run_folder import RunFolder
 
@@ -35,7 +36,8 @@ class RunCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` of a run folder, replaced only by a complete newer one.
 
     Ctrl-C during a fit finishes the step in flight (all of its batches, where gradients accumulate) and saves, so that
-    `--resume auto` continues exactly; a second Ctrl-C stops at once. Of several ranks all stop after the same step, the
+    `--resume auto` continues exactly; a second Ctrl-C stops at once. SIGTERM, and SIGUSR1 as Slurm sends it, do the
+    same, and the process ends with status 0, to be queued again. Of several ranks all stop after the same step, the
     first that all know of. After an error nothing is saved: the last good checkpoint stays.
 
     every_n_steps: optimizer steps between two saves. keep_every: additionally keep step=N.ckpt at these multiples.
@@ -50,13 +52,15 @@ class RunCheckpoint(Checkpoint):
         self.folder: RunFolder | None = None  # given by the command line before a fit
         self._saved_step = self._seen_step = 0
         self._interrupted = self._agreed = False  # a stop was requested: on this rank, agreed by all ranks
-        self._previous_handler: Any = None
+        self._ended = False  # requested by SIGTERM or SIGUSR1
+        self._previous_handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
-        self._interrupted = self._agreed = False
+        self._interrupted = self._agreed = self._ended = False
         if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+            handlers = {signal.SIGINT: self._on_interrupt, signal.SIGTERM: self._on_end, signal.SIGUSR1: self._on_end}
+            self._previous_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -74,6 +78,10 @@ class RunCheckpoint(Checkpoint):
         self._seen_step = step
         if due or kept or stop:
             self._save(trainer, keep=kept)
+        if stop and on_any_rank(trainer, self._ended):
+            if trainer.is_global_zero:
+                print(f"saved at step {step}; go on with --resume auto", flush=True)
+            raise SystemExit(0)
         if stop:
             raise KeyboardInterrupt
 
@@ -94,8 +102,11 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(part)  # on every rank; rank 0 writes
         if trainer.is_global_zero:
             if keep:
-                shutil.copyfile(part, last.with_name(f"step={trainer.global_step}.ckpt"))
-            os.replace(part, last)
+                kept = last.with_name(f"step={trainer.global_step}.ckpt")
+                with writing(kept):
+                    shutil.copyfile(part, kept.with_suffix(".kept.part"))
+                    os.replace(kept.with_suffix(".kept.part"), kept)
+            replace_last(part, last)
         trainer.strategy.barrier("checkpoint")  # a rank that stops now must not take rank 0 down amid the two above
 
     def _on_interrupt(self, signal_number: int, frame: Any) -> None:
@@ -104,10 +115,14 @@ class RunCheckpoint(Checkpoint):
         self._interrupted = True
         print("\ninterrupted: finishing this step, then saving (press again to stop at once)", flush=True)
 
+    def _on_end(self, signal_number: int, frame: Any) -> None:
+        self._interrupted = self._ended = True
+        print(f"\n{signal.Signals(signal_number).name}: finishing this step, then saving", flush=True)
+
     def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
 
 
 class RandomStates(pl.Callback):
@@ -232,7 +247,8 @@ def export_atomically(pl_module: Any, run_dir: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        pl_module.export(staging)
+        with writing(run_dir):
+            pl_module.export(staging)
         for entry in sorted(staging.iterdir()):
             target, old = run_dir / entry.name, staging / f".old-{entry.name}"
             if target.exists():

@@ -21,7 +21,6 @@ below `folder`) and `load_export(run_dir)` (load it from there). It is given `ru
 import json
 import os
 import sys
-import traceback
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,11 +29,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from stage1_tokenizer.spec import public_path
 from stage1_tokenizer.training.callbacks import ConfiguredRates, NaNGuard, Throughput
 from stage1_tokenizer.training.checkpoint import ExportAtEnd, RandomStates, RunCheckpoint
+from stage1_tokenizer.training.checkpoint_file import WholeFiles
 from stage1_tokenizer.training.config_files import with_files
 from stage1_tokenizer.training.ema import EMAWeights
 from stage1_tokenizer.training.launch import (
@@ -52,14 +51,13 @@ from stage1_tokenizer.training.parser import ShortErrorParser
 from stage1_tokenizer.training.progress import StatusLine
 from stage1_tokenizer.training.run_folder import RunFolder
 from stage1_tokenizer.training.sizes import link_sizes
+from stage1_tokenizer.training.user_errors import sentence_of
 
 TRAINER_OPTIONS = (  # of Lightning's trainer; --help lists these, --help=all the others too
     *("accelerator", "devices", "num_nodes", "strategy", "max_steps", "max_epochs", "max_time", "val_check_interval"),
     *("limit_val_batches", "log_every_n_steps", "accumulate_grad_batches", "gradient_clip_val", "logger", "callbacks"),
 )
 RANK_OPTIONS = ("trainer.devices", "trainer.num_nodes", "trainer.accelerator")
-ROOMS = ("data", "stage1_tokenizer", "stage2_prior")
-SOURCE_ROOT = Path(__file__).resolve().parents[2]
 
 
 class UnspoolCLI(LightningCLI):
@@ -183,6 +181,7 @@ class UnspoolCLI(LightningCLI):
             # text losses and discriminators run on some steps only and leave parameters unused on the others
             settings["strategy"] = "ddp_find_unused_parameters_true"
         settings["logger"] = self.loggers()
+        settings["plugins"] = [*(self._get(self.config_init, "trainer.plugins") or []), WholeFiles()]
         trainer = super().instantiate_trainer(**settings)
         for callback in trainer.callbacks:
             if isinstance(callback, RunCheckpoint):
@@ -278,17 +277,9 @@ def run_cli(
     quieten_lightning()
     try:
         return UnspoolCLI(stage, model_class, datamodule_class, prog, args, callbacks, purposes)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("UNSPOOL_TRACEBACK") or not raised_for_the_user(error):
+    except Exception as error:
+        sentence = sentence_of(error)
+        if os.environ.get("UNSPOOL_TRACEBACK") or sentence is None:
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {sentence}\n")
         raise SystemExit(1) from error
-
-
-def raised_for_the_user(error: BaseException) -> bool:
-    """True for an error class of this project, an error raised by a line of it, and Lightning's for wrong settings."""
-    if isinstance(error, MisconfigurationException) or type(error).__module__.split(".")[0] in ROOMS:
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    rooms = [SOURCE_ROOT / room for room in ROOMS]
-    return bool(frames) and any(Path(frames[-1].filename).resolve().is_relative_to(room) for room in rooms)

@@ -19,6 +19,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from stage1_tokenizer.training.checkpoint_file import writing
 from stage1_tokenizer.training.run_folder import write_atomically
 
 
@@ -58,7 +59,7 @@ class MetricsFile(Logger):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             heading = {name: name for name in self.columns}
             write_atomically(self.path, self.line(heading) + "".join(map(self.line, rows)))
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", newline="") as file:
             file.write(self.line(row))
 
     def line(self, row: dict[str, Any]) -> str:

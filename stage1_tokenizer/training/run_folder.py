@@ -17,6 +17,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from stage1_tokenizer.evaluation.provenance import describe_process
+from stage1_tokenizer.training.checkpoint_file import is_whole, newest_first, writing
 
 
 class RunFolderError(ValueError):
@@ -48,15 +49,13 @@ class RunFolder:
         if resume is not None and overwrite:
             raise RunFolderError(f"got resume={resume} and overwrite=true; choose one: continue, or start over")
         if resume == "auto":
-            if not self.last_checkpoint.is_file():
-                raise RunFolderError(
-                    f"got --resume auto and found no checkpoint at {self.last_checkpoint}; leave --resume out to start "
-                    "from scratch, or give the run_dir of the run to continue"
-                )
-            return self.last_checkpoint
+            return self.last_whole_checkpoint()
         if resume is not None:
             if not Path(resume).is_file():
                 raise RunFolderError(f"got --resume {resume}, which is no file; give a .ckpt file, or auto")
+            if not is_whole(Path(resume)):
+                whole = next((str(p) for p in newest_first(Path(resume).parent) if is_whole(p)), "none beside it")
+                raise RunFolderError(f"got --resume {resume}, which is damaged (checksums are wrong); intact: {whole}")
             return Path(resume)
         if any(self.checkpoint_dir.glob("*.ckpt")) and not overwrite:
             raise RunFolderError(
@@ -64,6 +63,24 @@ class RunFolder:
                 "over with --overwrite true (its checkpoints and metrics are deleted), or choose another --run_dir"
             )
         return None
+
+    def last_whole_checkpoint(self) -> Path:
+        """The newest checkpoint whose checksums are right; says so where that is not the last one."""
+        present = newest_first(self.checkpoint_dir)
+        if not present:
+            raise RunFolderError(
+                f"got --resume auto and found no checkpoint at {self.last_checkpoint}; leave --resume out to start "
+                "from scratch, or give the run_dir of the run to continue"
+            )
+        for place, path in enumerate(present):
+            if is_whole(path):
+                if place:
+                    print(f"damaged: {', '.join(p.name for p in present[:place])}; going on from {path}", flush=True)
+                return path
+        raise RunFolderError(
+            f"got --resume auto and all {len(present)} checkpoints of {self.checkpoint_dir} are damaged: their "
+            "checksums are wrong; start over with --overwrite true"
+        )
 
     @rank_zero_only
     def begin_fit(self, config_yaml: str, seed: Any, resumed: Path | None, overwrite: bool) -> None:
@@ -73,7 +90,9 @@ class RunFolder:
             for file in (self.metrics_file, self.run_file):
                 file.unlink(missing_ok=True)
         self.stage_dir.mkdir(parents=True, exist_ok=True)
-        self.config_file.write_text(config_yaml)
+        for torn in self.checkpoint_dir.glob("*.part"):
+            torn.unlink()
+        write_atomically(self.config_file, config_yaml)
         fits = json.loads(self.run_file.read_text())["fits"] if self.run_file.is_file() else []
         fits.append({**describe_process(), "seed": seed, "resumed_from": None if resumed is None else str(resumed)})
         write_atomically(self.run_file, json.dumps({"fits": fits}, indent=2) + "\n")
@@ -82,5 +101,6 @@ class RunFolder:
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old or the new content, never a part of it."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    with writing(path):
+        part.write_text(text)
+        os.replace(part, path)

@@ -76,7 +76,7 @@ def test_a_finished_fit_that_resumes_still_leaves_its_export(tmp_path: Path) -> 
 def test_checkpoints_come_in_steps_and_hold_plain_objects(tmp_path: Path) -> None:
     run(tmp_path, "--trainer.max_steps=5", "--checkpoint.every_n_steps=2", "--checkpoint.keep_every=2")
     names = sorted(file.name for file in (tmp_path / "stage1" / "checkpoints").iterdir())
-    assert names == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+    assert names == ["last.ckpt", "previous.ckpt", "step=2.ckpt", "step=4.ckpt"]
     stored = checkpoint(tmp_path)
     assert stored["hyper_parameters"]["width"] == 8
     assert len(stored["random_states"]) == 1
