@@ -16,7 +16,7 @@ help:
 	@echo "make text-cost  the demo's tokenizer again without text losses, and what these cost"
 	@echo "make reading    does learning to draw help learning to read? Four priors on the demo's latents, compared (40 min)"
 	@echo "make test       the whole test suite"
-	@echo "make bench      speed of encoding, decoding, training steps and sampling"
+	@echo "make bench      speed as ratios to other designs, turn by turn: encoding, decoding, training steps, sampling"
 	@echo "make lint       ruff and mypy"
 
 setup: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""The benchmark's own measure: FLOPs against counts by hand, medians, and a table with every row."""
+"""The benchmark's own measure: FLOPs against counts by hand, ratios of turns, and a table with every row."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,13 @@ import torch
 from torch.nn import functional as F
 
 from data.__main__ import main as data_main
-from tests.benchmarks import bench_tokenizers
+from tests.benchmarks import bench_tokenizers, scaling
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.measure import Row, count_flops, matmul_peak, measure, table
+from tests.benchmarks.designs import SIZES, millions, our_design, titok_design
+from tests.benchmarks.measure import Contender, Row, compete, count_flops, matmul_peak, peak_memory, table
+from tests.benchmarks.models import OURS, TITOK, Bench
+
+CPU = torch.device("cpu")
 
 
 def test_flops_of_a_product_and_of_attention_with_its_backward() -> None:
@@ -22,38 +26,85 @@ def test_flops_of_a_product_and_of_attention_with_its_backward() -> None:
     assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward()) == 3 * forward
 
 
-def test_a_row_is_consistent_with_itself() -> None:
-    a = torch.randn(64, 64)
-    calls = []
-    row = measure("x", lambda: calls.append(a @ a), 4, 1e12, torch.device("cpu"), seconds=0.0)
-    assert len(calls) == 5, "one warm-up, one count, three timings"
-    assert row.flops_per_image == 2 * 64**3 / 4
-    assert abs(row.flops_per_second / 1e12 - row.share_of_peak) < 1e-9 and row.images_per_second > 0
-    assert abs(row.images_per_second * row.milliseconds - 4000) < 1e-6
+def test_rows_are_consistent_with_themselves_and_with_each_other() -> None:
+    a = torch.randn(128, 128)
+    calls: list[int] = []
+
+    def products(n: int) -> None:
+        calls.append(n)
+        for _ in range(n):
+            a @ a
+
+    contenders = {"one": Contender(lambda: products(400), 4), "four": Contender(lambda: products(100), 4)}
+    one, four = compete("x", contenders, torch.float32, torch.device("cpu"), turns=3)
+    assert calls == [400, 100] * 5, "counted, weighed, then in turns"
+    assert one.flops_per_image == 400 * 2 * 128**3 / 4 and four.flops_per_image == one.flops_per_image / 4
+    assert one.ratio == 1.0 and 2 < four.ratio < 8 and four.baseline == "one"
+    assert abs(one.images_per_second * one.milliseconds - 4000) < 1e-6
+    many = compete("x", {"one": Contender(lambda: products(400), 4, scale=10.0)}, torch.float32, CPU, turns=1)[0]
+    assert many.flops_per_image == 10 * one.flops_per_image and many.milliseconds > 3 * one.milliseconds
+
+
+def test_memory_is_what_a_call_needs_at_once() -> None:
+    n = 8_000_000  # 32 MB a tensor
+    one, two = (peak_memory(call, CPU) for call in (lambda: torch.ones(n), lambda: torch.ones(n) + torch.ones(n)))
+    if one == two == 0:
+        pytest.skip("this system does not tell")
+    assert abs(one - 4 * n) < 4e6 and abs(two - 12 * n) < 8e6
 
 
 def test_peak_is_positive_and_the_table_has_every_row() -> None:
-    assert matmul_peak(torch.float32, torch.device("cpu"), repeats=4) > 1e8
-    rows = [Row("encode", 1, 1.0, 1000.0, 2e6, 2e9, 0.5), Row("decode", 1, 1.0, 1000.0, 2e6, 2e9, 0.25)]
+    assert matmul_peak(torch.float32, CPU, repeats=2) > 1e8
+    rows = [
+        Row("encode", name, 1, 1.0, 1000.0, 2e6, share, 0, ratio, "a")
+        for name, share, ratio in (("a", 0.5, 1.0), ("b", 0.25, 1.5))
+    ]
     text = table(rows)
-    assert "encode" in text and "decode" in text and "25.0%" in text and len(text.splitlines()) == 3
+    assert "encode" in text and "baseline" in text and "25%" in text and "1.50" in text and len(text.splitlines()) == 4
 
 
-@pytest.mark.slow
-def test_the_demo_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--seconds", "0", "--batch", "8", "--out", str(tmp_path / "bench.json")])
+def test_designs_have_as_many_parameters_and_ours_fewer_products() -> None:
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            titok, ours = titok_design(size), our_design(size)
+        assert abs(millions(ours) / millions(titok) - 1) < 0.1, name
+    small = SIZES["demo"]
+    bench = Bench(CPU)
+    for contest, contenders in bench.designs("demo", small, 2):
+        flops = {name: count_flops(contender.function) for name, contender in contenders.items()}
+        assert flops[OURS] < flops[TITOK], contest
+
+
+def test_the_bench_measures_in_ratios_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--only", "tokenizer", "--turns", "1", "--sizes", "demo", "--demo_batch", "2"]
+    main([*options, "--out", str(tmp_path / "bench.json")])
     content = json.loads((tmp_path / "bench.json").read_text())
-    flops = {row["name"]: row["flops_per_image"] for row in content["rows"]}
-    assert len(flops) == 5 and content["setting"]["matmul_peak_flops"] > 0
-    assert flops["tokenizer step, with text"] > 3 * (flops["encode"] + flops["decode"])
-    assert flops["sample and decode, guided"] > flops["decode"]
-    assert "of peak" in capsys.readouterr().out
+    assert [row["contest"].split(",")[0] for row in content["rows"]] == ["encode"] * 4 + ["decode"] * 3 + [
+        "training step"
+    ] * 3
+    assert {row["baseline"] for row in content["rows"]} == {TITOK}
+    assert content["setting"]["matmul_peak_flops"] > 0 and "baseline" in capsys.readouterr().out
 
 
-def test_a_config_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prior_contests_begin_with_mars_way() -> None:
+    (sample, samplers), (step, _) = Bench(CPU).priors(2, 2)
+    assert next(iter(samplers)) == "MAR-style head, 100 steps" and OURS in samplers and "training" in step
+    assert samplers[OURS].function().shape == (2, 16, 16), sample
+
+
+def test_scaling_is_drawn(tmp_path: Path) -> None:
+    def rows(value: int) -> list[Row]:
+        names = [(verb, name) for verb in scaling.VERBS for name in (OURS, TITOK)]
+        return [Row(verb, name, 2, 1.0, 1000.0 / value, 2e6, 0.5, 10**6, 1.0, TITOK) for verb, name in names]
+
+    scaling.plot({"latents": {8: rows(8), 32: rows(32)}}, 1e-3, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_an_option_that_measures_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--name", "none"])
-    assert "there is no config" in capsys.readouterr().err
+        main(["--turns", "0"])
+    assert "give 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

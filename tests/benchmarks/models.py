@@ -1,96 +1,149 @@
-"""Speed of the two models of a config pair: encode, decode, both training steps, sampling with guidance and decoding.
+"""What `python -m tests.benchmarks` measures: tokenizers against TiTok's design, the demo's prior against MAR's ways.
 
-The networks are built from the configs and not trained: speed does not depend on the weights.
+The networks are built at random and not trained: speed does not depend on the weights. Products are in the format that
+the device multiplies fast, on all sides; the same optimiser trains all sides.
 """
 
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from stage1_tokenizer.precision import matmul_dtype
+from stage1_tokenizer.precision import hold_weights, matmul_dtype
+from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups
-from tests.benchmarks.measure import Row, matmul_peak, measure
+from stage2_prior.prior import Prior
+from tests.benchmarks.bench_data import photographs, prepare_loops
+from tests.benchmarks.designs import SIZES, Size, millions, our_design, pictures, titok_design
+from tests.benchmarks.measure import Contender, Row, compete
 from tests.same_numbers import build
 
 CAPTION = "a small red circle above a large blue star on a white background"
+TITOK, OURS = "TiTok's design", "ours"
+MAR = "MAR-style head, 100 steps"
+Contests = Iterator[tuple[str, dict[str, Contender]]]
 
 
-def model_rows(
-    stage1: Path, stage2: Path, device: torch.device, seconds: float, batch: int | None = None
-) -> tuple[dict[str, Any], list[Row]]:
-    """What was measured with (format, peak, threads), and one row for each thing measured.
+class Bench:
+    """Builds contests for one device; `compiled` adds ours through torch.compile (graphs are captured on a GPU)."""
 
-    stage1, stage2: config files. seconds: time spent on each row. batch: pictures per call; None: as the configs say.
-    """
-    first, second = (yaml.safe_load(path.read_text()) for path in (stage1, stage2))
-    tokenizer = build("stage1", [str(stage1)], []).tokenizer.to(device)
-    prior = build("stage2", [str(stage2)], []).prior.to(device)
-    for vocabulary in (tokenizer.vocabulary, prior.vocabulary):
-        vocabulary.fit([CAPTION])
-    dtype = matmul_dtype(device)
-    peak = matmul_peak(dtype, device)
-    size, guidance = tokenizer.image_size, second["model"]["sampling"]["guidance"]
-    val = batch or first["data"]["val_batch_size"]
-    batch1, batch2 = batch or first["data"]["batch_size"], batch or second["data"]["batch_size"]
+    def __init__(self, device: torch.device, compiled: bool = False):
+        self.device, self.compiled = device, compiled
+        self.dtype = matmul_dtype(device)
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def pictures(n: int) -> torch.Tensor:
-        return torch.rand(n, 3, size, size, device=device) * 2 - 1
+    def used(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """A call without gradients."""
 
-    images, z = pictures(val), torch.randn(val, tokenizer.num_latents, tokenizer.latent_dim, device=device)
-    captions = [CAPTION] * val
+        def call() -> Any:
+            with torch.inference_mode(), self.autocast():
+                return function(*arguments)
 
-    @torch.inference_mode()
-    def encode() -> None:
-        with autocast():
-            tokenizer.encode(images)
+        return call
 
-    @torch.inference_mode()
-    def decode() -> None:
-        with autocast():
-            tokenizer.decode(z)
+    def trained(self, module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        """One training step: forward, backward, optimiser. Rates are so small that weights stay where they are."""
+        optimizer = MuonAdamW(parameter_groups(module), lr=1e-6, matrix_lr=1e-6)
 
-    @torch.inference_mode()
-    def sample() -> None:
-        with autocast():
-            tokenizer.decode(prior.sample(captions, guidance))
+        def step() -> None:
+            with self.autocast():
+                value = loss()
+            value.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    train_images, train_z = pictures(batch1), z.repeat(1 + batch2 // val, 1, 1)[:batch2]
-    ids = tokenizer.vocabulary.encode([CAPTION] * batch1)[0].to(device)
-    words = prior.encode_text([CAPTION] * batch2)
-    optimizers = [MuonAdamW(parameter_groups(m), lr=1e-4, matrix_lr=1e-4) for m in (tokenizer, prior)]
+        return step
 
-    def tokenizer_step() -> None:
-        with autocast():
-            loss = tokenizer.total(tokenizer.losses(train_images, ids, 0)[0])  # step 0 is one with the text loss
-        loss.backward()
-        optimizers[0].step()
-        optimizers[0].zero_grad()
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        compiled: Callable[..., Any] = torch.compile(function, dynamic=False, mode=mode)
+        return compiled
 
-    def prior_step() -> None:
-        with autocast():
-            loss = prior.losses(train_z, words).mean()
-        loss.backward()
-        optimizers[1].step()
-        optimizers[1].zero_grad()
+    def tokenizers(self, name: str, batch: int) -> Contests:
+        """encode, decode and training step of the designs at a size of `designs.SIZES`."""
+        return self.designs(name, SIZES[name], batch)
 
-    rows = []
-    tokenizer.eval(), prior.eval()
-    rows.append(measure("encode", encode, val, peak, device, seconds))
-    rows.append(measure("decode", decode, val, peak, device, seconds))
-    rows.append(measure("sample and decode, guided", sample, val, peak, device, seconds))
-    tokenizer.train(), prior.train()
-    rows.append(measure("tokenizer step, with text", tokenizer_step, batch1, peak, device, seconds))
-    rows.append(measure("prior step", prior_step, batch2, peak, device, seconds))
-    setting = {
-        "configs": [stage1.as_posix(), stage2.as_posix()],
-        "format": str(dtype).removeprefix("torch."),
-        "matmul_peak_flops": peak,
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-    return setting, rows
+    def designs(self, name: str, size: Size, batch: int) -> Contests:
+        made = {TITOK: titok_design(size), OURS: our_design(size)}
+        made = {who: tokenizer.to(self.device) for who, tokenizer in made.items()}
+        whose = ", ".join(f"{who} {millions(t):.0f} M" for who, t in made.items())
+        x = pictures(batch, size.image_size, self.device)
+        z = torch.randn(batch, size.num_latents, size.latent_dim, device=self.device)
+        uses = {who: tokenizer.eval() for who, tokenizer in made.items()}
+        uses[f"{OURS}, weights held in {str(self.dtype)[6:]}"] = held(made[OURS], self.dtype)
+        for verb, data in (("encode", x), ("decode", z)):
+            contenders = {
+                who: Contender(self.used(getattr(tokenizer, verb), data), batch) for who, tokenizer in uses.items()
+            }
+            if verb == "encode":
+                short = max(1, size.num_latents // 8)
+                contenders[f"{OURS}, {short} latents"] = Contender(self.used(made[OURS].encode, x, short), batch)
+            for who in list(uses)[::2] if self.compiled else []:
+                part = copy.deepcopy(uses[who])
+                compile_parts(part, self.compile)
+                contenders[f"{who}, compiled"] = Contender(self.used(getattr(part, verb), data), batch)
+            yield f"{verb}, {name}, {size.image_size} pixels ({whose})", contenders
+        del uses
+        made = {TITOK: made[TITOK], f"{OURS}, one length": our_design(size, False).to(self.device), OURS: made[OURS]}
+        for who in (TITOK, OURS) if self.compiled else ():
+            made[f"{who}, compiled"] = copy.deepcopy(made[who])
+            compile_parts(made[f"{who}, compiled"], self.compile)
+
+        def loss(tokenizer: Tokenizer) -> Callable[[], torch.Tensor]:
+            return lambda: tokenizer.total(tokenizer.losses(x)[0])
+
+        steps = {who: Contender(self.trained(t.train(), loss(t)), batch) for who, t in made.items()}
+        yield f"training step, {name}, {size.image_size} pixels", steps
+
+    def priors(self, batch: int, train_batch: int) -> Contests:
+        """Guided sampling without decoding, and the training step, of the demo's prior and MAR's ways at its size."""
+        made: dict[str, Any] = {}
+        overlays = {MAR: ["prior_diffusion_head"], "MAR-style masked prior": ["prior_masked", "prior_diffusion_head"]}
+        for who, names in (overlays | {OURS: []}).items():
+            files = ["stage2/demo", *(f"variants/{name}" for name in names)]
+            made[who] = build("stage2", files, []).prior.to(self.device)
+            made[who].vocabulary.fit([CAPTION])
+        captions = [CAPTION] * batch
+        uses = {who: Contender(self.used(sampler(prior.eval(), captions)), batch) for who, prior in made.items()}
+        held_prior = copy.deepcopy(made[OURS]).hold(self.dtype)
+        uses[f"{OURS}, weights held"] = Contender(self.used(sampler(held_prior, captions)), batch)
+        yield "sample, demo's prior, guidance 2", uses
+        z = torch.randn(train_batch, made[OURS].num_latents, made[OURS].latent_dim, device=self.device)
+
+        def loss(prior: Any) -> Callable[[], torch.Tensor]:
+            words = prior.encode_text([CAPTION] * train_batch)
+            return lambda: prior.losses(z, words).mean()
+
+        steps = {who: Contender(self.trained(prior.train(), loss(prior)), train_batch) for who, prior in made.items()}
+        yield "training step, demo's prior", steps
+
+
+def sampler(prior: Prior, captions: list[str]) -> Callable[[], Any]:
+    return lambda: prior.sample(captions, 2.0)
+
+
+def held(tokenizer: Tokenizer, dtype: torch.dtype) -> Tokenizer:
+    """A copy with its weights in `dtype`, as `Tokenizer.from_pretrained(dtype=...)` leaves one."""
+    copied = copy.deepcopy(tokenizer)
+    hold_weights(copied, dtype)
+    copied.held = dtype
+    return copied
+
+
+def compile_parts(tokenizer: Tokenizer, compiler: Callable[..., Any]) -> None:
+    """Encoder and decoder in place; what checks and draws around them stays as it is."""
+    for part in (tokenizer.encoder, tokenizer.decoder):
+        part.forward = compiler(part.forward)  # type: ignore[method-assign]
+
+
+def data_rows(device: torch.device, turns: int) -> list[Row]:
+    """`prepare` against the loop over PIL that a script would have; no products, so no share of a peak."""
+    made = photographs(40)
+    with tempfile.TemporaryDirectory() as folder:
+        loops = {name: Contender(loop, len(made)) for name, loop in prepare_loops(made, Path(folder)).items()}
+        return compete("prepare, photographs to 256 pixels", loops, torch.float32, device, turns)
