@@ -45,7 +45,7 @@ class Decode(nn.Module):
 
     def forward(self, z: Tensor, k: Tensor) -> Tensor:
         keep = keep_mask(k, self.tokenizer.num_latents)  # (B,K)
-        raw = self.tokenizer.unstandardised(z) * keep[..., None]
+        raw = torch.where(keep[..., None], self.tokenizer.unstandardised(z), 0.0)  # whatever stands there, NaN too
         decoded = self.tokenizer.decoder.decode(raw, keep, self.tokenizer.base(raw, keep))
         return decoded.float().clamp(-1, 1)
 

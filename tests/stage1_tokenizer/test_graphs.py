@@ -57,7 +57,9 @@ def test_onnx_files_give_what_the_tokenizer_gives(tmp_path: Path) -> None:
         images, z, k, decoded = lines(tokenizer, n)
         (written,) = encode.run(["z"], {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(written), z, atol=1e-4, rtol=1e-4)
-        hidden = torch.where(torch.arange(K)[:, None] < k[:, None, None], z, torch.tensor(9.0))  # is not looked at
+        hidden = torch.where(
+            torch.arange(K)[:, None] < k[:, None, None], z, torch.tensor(torch.nan)
+        )  # is not looked at
         (shown,) = decode.run(["images"], {"z": hidden.numpy(), "k": k.numpy()})
         torch.testing.assert_close(torch.from_numpy(shown), decoded, atol=1e-4, rtol=1e-4)
 

@@ -24,7 +24,7 @@ def test_the_page_is_there_after_the_first_step_and_is_renewed(tmp_path: Path) -
         seen[step] = page.read_text() if page.is_file() else ""
 
     TinyLit.on_step = remember
-    fitted = run(tmp_path, "--trainer.max_steps=8", *LIVE)
+    fitted = run(tmp_path, "--trainer.max_steps=8", *LIVE, "--model.lr=3.0")
     assert seen[0] == "" and [f"after {n} steps" in seen[n] for n in (1, 2, 3, 4, 5, 6, 7)].count(True) == 3
     assert all("after 1 steps" in seen[n] for n in (1, 2)) and "after 3 steps" in seen[3]
     assert 'http-equiv="refresh"' in seen[7]
@@ -37,6 +37,8 @@ def test_the_page_is_there_after_the_first_step_and_is_renewed(tmp_path: Path) -
         assert sheet.size == (2 * 4 * 16 + 2 * 16, 4 * 16)
         level = sheet.convert("RGB").getpixel((8, 8))
     assert isinstance(level, tuple) and abs(level[0] - float(weight[0, 0] + 1) * 127.5) <= 1, "averaged weights"
+    own = fitted.model.net[0].weight[0, 0].tanh()
+    assert abs(float(own - weight[0, 0])) * 127.5 > 3, "which are not the last ones"
 
 
 def test_training_is_the_same_to_the_last_bit_with_and_without_it(tmp_path: Path) -> None:
