@@ -1,11 +1,11 @@
 """Text towers: captions to unit vectors, trained from scratch or open_clip's pretrained.
 
-`TextTower` is open_clip's TextTransformer over a small vocabulary of its own. `OpenClipTower` is the text side of a
+`TextTower` is CLIP's text transformer over a small vocabulary of its own. `OpenClipTower` is the text side of a
 pretrained model: it has read hundreds of millions of captions, knows words that a small set of pictures never teaches,
 and comes with its whole vocabulary. As a rule it is frozen: a fixed space that prefixes learn to point into, without
 gradient or optimiser state; what remains per step is one forward pass of text.
 
-open_clip is imported when a tower is built: it takes longer than torch, and a tokenizer without text needs none of it.
+open_clip is imported when a pretrained tower is built or a caption is read: it takes as long as torch.
 
 Letters: B batch, L text tokens, E embedding width, W token width.
 """
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stage1_tokenizer.layers import MATRIX, mark
 from stage1_tokenizer.spec import Spec
+from stage1_tokenizer.text.transformer import TextTransformer
 from stage1_tokenizer.text.vocabulary import BPE_SIZE, END, PAD, SPECIAL, START, CaptionVocabulary
 
 CLIP_START, CLIP_END = BPE_SIZE - 2, BPE_SIZE - 1
@@ -31,7 +32,7 @@ class Tower(Spec, nn.Module):
 
     vocabulary: CaptionVocabulary
     embed_dim: int
-    transformer: Any  # of open_clip
+    transformer: Any  # `TextTransformer`, or open_clip's
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B,L) -> unit vectors (B,E)."""
@@ -51,27 +52,15 @@ class Tower(Spec, nn.Module):
 
 
 class TextTower(Tower):
-    """open_clip's TextTransformer over a `CaptionVocabulary`, trained from scratch: ids (B,L) -> unit vectors (B,E)."""
+    """CLIP's text transformer over a `CaptionVocabulary`, trained from scratch: ids (B,L) -> unit vectors (B,E)."""
 
     def __init__(
         self, vocabulary: CaptionVocabulary, width: int = 128, layers: int = 2, heads: int = 2, embed_dim: int = 128
     ):
-        from open_clip.transformer import TextTransformer
-
         super().__init__()
         self.vocabulary, self.embed_dim = vocabulary, embed_dim
         self.transformer = TextTransformer(
-            context_length=vocabulary.context_length,
-            vocab_size=vocabulary.rows,
-            width=width,
-            heads=heads,
-            layers=layers,
-            output_dim=embed_dim,
-            no_causal_mask=True,
-            use_pad_mask=True,
-            pad_id=PAD,
-            eos_id=END,
-            pool_type="eos",
+            vocabulary.context_length, vocabulary.rows, width, heads, layers, embed_dim, PAD, END
         )
         nn.init.normal_(self.transformer.token_embedding.weight, std=0.7)  # open_clip's 0.02 learns late: see layers.py
         nn.init.normal_(self.transformer.positional_embedding, std=0.7)
@@ -176,7 +165,7 @@ class OpenClipTower(Tower):
 
 
 def token_features(transformer: nn.Module, ids: Tensor, skip: int = 0) -> Tensor:
-    """What an open_clip text transformer computes for every token, (B,L) -> (B,L,W), normalised; it is left as it was.
+    """What a text transformer computes for every token, (B,L) -> (B,L,W), normalised; it is left as it was.
 
     skip: last blocks to leave out. What the last one answers for a token that is not pooled no loss has ever seen.
     """

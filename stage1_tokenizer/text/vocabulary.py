@@ -12,9 +12,9 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from open_clip import SimpleTokenizer
 from torch import Tensor, nn
 
 from stage1_tokenizer.spec import Spec
@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
-def byte_pairs() -> SimpleTokenizer:
+def byte_pairs() -> Any:
+    """open_clip's tokenizer, imported when a caption is first read."""
+    from open_clip import SimpleTokenizer
+
     return SimpleTokenizer()
 
 
