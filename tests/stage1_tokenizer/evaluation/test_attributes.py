@@ -36,7 +36,7 @@ def test_a_value_never_seen_is_never_right() -> None:
 
 
 def test_attributes_without_objects_are_slots_as_they_are() -> None:
-    rows = [{"style": "flat", "tone": "dark"}, {"style": "round"}, {"style": "flat", "number": 3}]
+    rows: list[dict[str, Any]] = [{"style": "flat", "tone": "dark"}, {"style": "round"}, {"style": "flat", "number": 3}]
     slots = Slots.of_scenes(rows)
     assert slots.classes == {"style": ["flat", "round"], "tone": ["", "dark"]}
     assert slots.targets(rows).tolist() == [[0, 1], [1, 0], [0, 0]]
