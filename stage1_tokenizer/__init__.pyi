@@ -35,5 +35,6 @@ from .variants.convolutional import ConvDecoder as ConvDecoder, ConvTrunk as Con
 from .variants.flow_decoder import FlowDecoder as FlowDecoder
 from .variants.normed import NoiseBottleneck as NoiseBottleneck, NormBottleneck as NormBottleneck
 from .variants.quantised import FSQBottleneck as FSQBottleneck, VQBottleneck as VQBottleneck
+from .variants.rated import RateBottleneck as RateBottleneck
 from .variants.timm_trunk import TimmTrunk as TimmTrunk
 from .variants.titok import TiTokEncoder as TiTokEncoder

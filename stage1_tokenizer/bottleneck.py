@@ -35,6 +35,9 @@ class Bottleneck(Spec, nn.Module):
         """Begin with means that are `shift` alone: the noise of an untrained encoder would bury it for long."""
         self.project.weight[..., : self.latent_dim] = 0
 
+    def start_beside(self, variances: Tensor, pixels: int) -> None:
+        """Called when the linear path is fitted: variances (K,C) of its components in pictures of so many values."""
+
     def snap(self, z: Tensor) -> Tensor:
         """Latents (B,k,C) before standardisation -> the nearest that this can put out: codes, or z itself."""
         return z

@@ -43,6 +43,11 @@ class LinearPath(Spec, nn.Module):
         self.scale.fill_(1.0)
         self.scale[:n] = pca.encode(images).std(0).clamp_min(1e-4)
 
+    @property
+    def variances(self) -> Tensor:
+        """(K,C) variance of every component in the training images."""
+        return self.scale.square().view(self.num_latents, self.latent_dim)
+
     def encode(self, images: Tensor, k: int) -> Tensor:
         n = k * self.latent_dim
         with torch.autocast(images.device.type, enabled=False):  # whitening multiplies rounding errors of bf16

@@ -14,6 +14,7 @@ from stage1_tokenizer.variants.convolutional import ConvDecoder, ConvTrunk
 from stage1_tokenizer.variants.flow_decoder import FlowDecoder
 from stage1_tokenizer.variants.normed import NoiseBottleneck, NormBottleneck
 from stage1_tokenizer.variants.quantised import FSQBottleneck, VQBottleneck
+from stage1_tokenizer.variants.rated import RateBottleneck
 from stage1_tokenizer.variants.titok import TiTokEncoder
 from tests.tiny import SIZE, WIDTH, C, K, awaken, pictures
 
@@ -30,6 +31,7 @@ def encoders() -> dict[str, Encoder]:
 def bottlenecks() -> dict[str, Bottleneck]:
     return {
         "kl": KLBottleneck(WIDTH, K, C),
+        "rate": RateBottleneck(WIDTH, K, C, bits=20),
         "norm": NormBottleneck(WIDTH, K, C),
         "noise": NoiseBottleneck(WIDTH, K, C),
         "fsq": FSQBottleneck(WIDTH, K, (8, 8, 5, 5)),

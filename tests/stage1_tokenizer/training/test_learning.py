@@ -7,6 +7,7 @@ from torch import Tensor
 
 from data.pictures.transforms import to_unit_range
 from data.sources.scenes import Scenes
+from stage1_tokenizer.precision import has_fast_bfloat16
 from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups, warmup_flat_cosine
 from tests.same_numbers import build
@@ -30,7 +31,7 @@ def test_one_decibel_above_the_background_within_150_steps(overlay: str | None) 
     for step in range(STEPS):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * warmup_flat_cosine(step, STEPS)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16(torch.device("cpu"))):
             parts, _ = tokenizer.losses(images[step * BATCH : (step + 1) * BATCH], step=step)
             loss = tokenizer.total(parts)
         optimizer.zero_grad()
