@@ -140,7 +140,10 @@ class MLP(nn.Module):
         self.down = linear(expansion * width, width, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        hidden = self.up(x)
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            return self.down(F.relu(hidden).square())
+        return self.down(hidden.relu_().square_())  # in place: it is the largest tensor of a block
 
 
 class LayerNorm(nn.LayerNorm):

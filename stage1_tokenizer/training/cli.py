@@ -40,6 +40,7 @@ from stage1_tokenizer.training.launch import (
     Precision,
     UsageError,
     compile_networks,
+    keep_freed_memory,
     launched_by_another_rank,
     quieten_lightning,
     resolve_precision,
@@ -275,6 +276,7 @@ def run_cli(
     exits with status 1. With UNSPOOL_TRACEBACK=1 it keeps its traceback.
     """
     quieten_lightning()
+    keep_freed_memory()
     try:
         return UnspoolCLI(stage, model_class, datamodule_class, prog, args, callbacks, purposes)
     except Exception as error:

@@ -1,5 +1,6 @@
-"""What a command decides before it starts: precision, ranks, compilation, which warnings are worth reading."""
+"""What a command decides before it starts: precision, ranks, compilation, memory, which warnings are worth reading."""
 
+import ctypes
 import logging
 import os
 import warnings
@@ -52,6 +53,21 @@ def compile_networks(networks: nn.Module, backend: str = "inductor") -> int:
         networks.compile(backend=backend)
         return 1
     return sum(compile_networks(child, backend) for child in networks.children())
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc's allocator keep what is freed for the next tensor; False where this process has another allocator.
+
+    By default every tensor beyond some 100 kB to 32 MB comes from the system and goes back to it, and the first touch
+    of each of its pages is a fault: in a virtual machine they take longer than a ReLU or a convolution that writes
+    there (tests/benchmarks/LOG.md, 2026-11-27). The process then holds its largest need until it ends.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
 
 
 def launched_by_another_rank() -> bool:
