@@ -26,7 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 class KeepsFacts(Protocol):
     """A module whose export holds more than its spec and weights."""
 
-    def export_facts(self) -> dict[str, str]: ...
+    def export_facts(self) -> dict[str, Any]: ...
 
     def loaded_from(self, config: dict[str, Any]) -> None: ...
 
@@ -46,7 +46,7 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
     facts = module.export_facts() if isinstance(module, KeepsFacts) else {}
-    config = {"format": FORMAT, "library": "unspool", **facts, **module.spec}  # type: ignore[dict-item]
+    config = {"format": FORMAT, "library": "unspool", **facts, **module.spec}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     name = type(module).__name__
     card = card or getattr(module, "loaded_card", None)

@@ -57,6 +57,7 @@ from .orders import (
     SpiralOrder as SpiralOrder,
     ZigzagOrder as ZigzagOrder,
 )
+from .pipeline import Pipeline as Pipeline
 from .prior import CausalPrior as CausalPrior
 from .training.latent_data import PriorDataModule as PriorDataModule, PriorImageModule as PriorImageModule
 from .training.lit_prior import LitPrior as LitPrior

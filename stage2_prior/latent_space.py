@@ -8,7 +8,7 @@ Letters: B batch, K latents, C latent channels.
 """
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class SpaceBound(nn.Module):
     """What is tied to a latent space: to its first num_latents latents of latent_dim floats (K x C)."""
 
     fingerprint_bytes: Tensor
+    best_length: int | None = None  # latents that are worth drawing, where a report has found fewer than all
+    stops_early = True  # the first latents can be drawn without the others
 
     def __init__(self, num_latents: int, latent_dim: int):
         super().__init__()
@@ -71,6 +73,19 @@ class SpaceBound(nn.Module):
         self.check_space(num_latents, latent_dim, fingerprint)
         code = fingerprint.encode("ascii")[:FINGERPRINT_LENGTH].ljust(FINGERPRINT_LENGTH, b"\0")
         self.fingerprint_bytes.copy_(torch.tensor(list(code), dtype=torch.uint8))
+
+    def export_facts(self) -> dict[str, Any]:
+        """Besides the spec: `best_length`."""
+        return {} if self.best_length is None else {"best_length": self.best_length}
+
+    def loaded_from(self, config: dict[str, Any]) -> None:
+        """Read `best_length` from an export's config.json. Raises PriorError for one that cannot be."""
+        best = config.get("best_length")
+        if best is not None and not (type(best) is int and 1 <= best <= self.num_latents):
+            raise PriorError(
+                f"got best_length {best!r:.20} of an export, wanted 1 to {self.num_latents}; export again."
+            )
+        self.best_length = best
 
     def check(self, tokenizer: LatentSpace) -> None:
         """Raises PriorError unless `tokenizer` is the one whose latents this prior was trained on."""

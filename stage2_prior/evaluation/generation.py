@@ -10,7 +10,8 @@ real ones. Six questions, six kinds of figures:
   the line), data drawn as in training, posterior noise included;
 * how likely are held-out lines, and do they distinguish their captions from others (`likelihood_report`); if the prior
   also reads lines out, how often it is right (`captioning_report`);
-* is a picture what its caption names or a copy (`neighbours`), and how many latents are best drawn (`lengths`);
+* is a picture what its caption names or a copy (`neighbours`), and how many latents are best drawn (`lengths`), which
+  is recorded as the prior's `best_length`;
 * what it costs: evaluations of the head and seconds per picture, decoding included.
 
 Same caption and different seeds must give different pictures: their spread is measured and shown. The page is made by
@@ -36,7 +37,7 @@ from stage2_prior.evaluation.captioning_report import captioning_report
 from stage2_prior.evaluation.distances import Features, distance_report, features_of
 from stage2_prior.evaluation.faithfulness import faithfulness_report
 from stage2_prior.evaluation.held_out import HeldOutData, held_out_latents, same_samples
-from stage2_prior.evaluation.lengths import length_report
+from stage2_prior.evaluation.lengths import length_report, worthwhile
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
 from stage2_prior.evaluation.neighbours import Bank, neighbour_report, shortest
 from stage2_prior.evaluation.sampling import Sampler, decode_all, device_of
@@ -136,6 +137,7 @@ class GenerationReport:
         asked = [shortest(captions) for captions in real["captions"]]
         lengths = length_report(extract, bank, asked, tokenizer, drawn, self.batch_size)
         metrics["lengths"] = {"features": name, **lengths}
+        prior.best_length = worthwhile(lengths["distance"][str(self.guidance)]) if prior.stops_early else None
         if classifier is not None:
             by_name = {**generated, "real": real["images"], "reconstruction": recon}
             metrics |= faithfulness_report(classifier, by_name, images, real)

@@ -18,6 +18,8 @@ from stage2_prior.evaluation.neighbours import Bank
 from stage2_prior.evaluation.sampling import decode_all
 from stage2_prior.latent_space import LatentSpace
 
+CHANCE = 0.05  # share of a distance that another seed may make of it: detail is not given up for less
+
 
 def length_report(
     features: Features,
@@ -42,3 +44,9 @@ def length_report(
         out["distance"][guidance], out["recognised"][guidance] = distance, recognised
         out["best"][guidance] = min(distance, key=lambda k: distance[k])
     return out
+
+
+def worthwhile(distance: dict[int, float]) -> int | None:
+    """The k of the least Frechet distance, if that is below the whole line's by more than `CHANCE`; else None."""
+    best, whole = min(distance, key=lambda k: distance[k]), max(distance)
+    return best if distance[best] < (1 - CHANCE) * distance[whole] else None

@@ -44,6 +44,7 @@ class SamplingOptions:
     steps: int | None = None
     temperature: float = 1.0
     solver: Solver | None = None
+    num_latents: int | None = None  # None: as many as the report found best, or all where there is no report
 
 
 class LitPrior(pl.LightningModule):
@@ -112,11 +113,9 @@ class LitPrior(pl.LightningModule):
             "---\nlibrary_name: unspool\ntags: [text-to-image, autoregressive, continuous-latents]\n---\n"
             f"# Unspool prior\n\nDraws {prior.num_latents} latents of {prior.latent_dim} floats from a caption, "
             f"for the tokenizer with fingerprint `{prior.fingerprint}`; another tokenizer is refused.\n\n"
-            "```python\nfrom stage1_tokenizer import Tokenizer\nfrom stage2_prior import Prior\n\n"
-            'tok, prior = Tokenizer.from_pretrained("tokenizer"), Prior.from_pretrained("prior")\n'
-            "prior.check(tok)\n"
-            'z = prior.sample(["a large red circle in the center on a white background"], guidance=2.0)  # (1, K, C)\n'
-            "images = tok.decode(z)  # (1, 3, H, W) in [-1, 1]\n```\n"
+            "```python\nfrom stage2_prior import Pipeline\n\n"
+            'pipeline = Pipeline.from_pretrained("prior", "tokenizer")  # folders or Hub ids\n'
+            'images = pipeline.generate(["a large red circle"], guidance=2.0)  # (1, 3, H, W) in [-1, 1]\n```\n'
             + (f"\n## Pictures\n{credit}\n" if credit else "")
         )
 
@@ -256,13 +255,15 @@ class LitPrior(pl.LightningModule):
         assert isinstance(datamodule, CaptionSource), "it has the captions that `fit` asked for"
         if self.trainer.is_global_zero:
             self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
+            self.prior.save_pretrained(self.run_dir / "prior")  # with the best length that the report found
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         captions = [c[0] for c in batch["captions"]]
         place = batch_idx * self.trainer.world_size + self.trainer.global_rank  # no two batches share their noise
         generator = torch.Generator(device=self.device).manual_seed(torch.initial_seed() + place)
         s = self.sampling
-        z = self.prior.sample(captions, s.guidance, s.steps, s.temperature, generator, s.solver)
+        k = self.prior.best_length if s.num_latents is None else s.num_latents
+        z = self.prior.sample(captions, s.guidance, s.steps, s.temperature, generator, s.solver, num_latents=k)
         folder = self.run_dir / "images"
         pixels = ((self.tokenizer.decode(z, generator) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
         for key, picture in zip(batch["keys"], pixels.numpy(), strict=True):

@@ -55,6 +55,8 @@ class JointPrior(Prior):
         solver: of `sample` (None: midpoint x 4).
     """
 
+    stops_early = False
+
     def __init__(
         self,
         num_latents: int,

@@ -23,6 +23,7 @@ from stage2_prior import CausalPrior, Prior
 from stage2_prior.captions import longest
 from stage2_prior.evaluation import distances, generation, sweep as sweep_module
 from stage2_prior.evaluation.generation import GenerationReport
+from stage2_prior.evaluation.lengths import worthwhile
 from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.mse import MSEHead
 from stage2_prior.latent_space import load_space
@@ -140,6 +141,8 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
     assert metrics["nll"]["lines"] == 4 and len(metrics["nll"]["by_position"]) == K
     lengths = metrics["lengths"]
     assert list(lengths["distance"]) == ["1.0", "2.0"] and str(lengths["best"]["1.0"]) in lengths["distance"]["1.0"]
+    by_length = {int(k): distance for k, distance in lengths["distance"]["2.0"].items()}
+    assert Prior.from_pretrained(run_dir / "prior").best_length == worthwhile(by_length)
     assert set(metrics["neighbours"]["nearer_to_training"]) == {"1.0", "2.0"}
     assert metrics["skipped"][0]["name"] == "frechet[effnet-lite0-1280]"
     page = (run_dir / "generation" / "report.html").read_text()
