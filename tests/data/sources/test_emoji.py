@@ -146,6 +146,9 @@ def test_bad_input_is_one_sentence(tmp_path: Path, twemoji: str) -> None:
     other = package(tmp_path / "other", "left-pad", {})
     with pytest.raises(DataError, match="holds the npm package 'left-pad', wanted one of"):
         Emoji((other,))
+    packed = package(tmp_path / "packed" / "package", "left-pad", {})
+    with pytest.raises(DataError, match="packed/package holds the npm package"):
+        Emoji((str(Path(packed).parent),))
     moved = package(tmp_path / "moved", "emoji-datasource-twitter", {"1f34e.png": (0, 0, 0, 255)}, "png")
     with pytest.raises(DataError, match="no pictures img/twitter/64.* is it another version"):
         Emoji((moved,))
