@@ -46,7 +46,7 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
     facts = module.export_facts() if isinstance(module, KeepsFacts) else {}
-    config = {"format": FORMAT, "library": "unspool", **facts, **module.spec}
+    config = {"format": FORMAT, "library": "unspool", **facts, **module.spec}  # type: ignore[dict-item]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     name = type(module).__name__
     card = card or getattr(module, "loaded_card", None)
