@@ -52,6 +52,10 @@ class FlowDecoder(Decoder):
         base: also see the linear path's reconstruction, and say the clean image as a correction to it. The tokenizer
             must have a linear path.
         checkpointing: compute blocks again in the backward pass instead of keeping their activations.
+        dropout: share of rows whose latents are all hidden in training, which guidance needs.
+        guidance: of `decode`: 1 draws what the prefix says; w above 1 goes w times as far from what is drawn without
+            latents (Ho & Salimans 2021), for twice the evaluations.
+    Raises ValueError for sizes out of range, and for guidance without dropout.
     """
 
     def __init__(
@@ -71,11 +75,20 @@ class FlowDecoder(Decoder):
         coarsest: int | None = None,
         base: bool = False,
         checkpointing: bool = False,
+        dropout: float = 0.0,
+        guidance: float = 1.0,
     ):
         super().__init__()
         training_only(self, "checkpointing")
         if steps < 1 or not 0 < floor < 1:
             raise ValueError(f"got steps {steps}, floor {floor}; want at least 1 step and a floor within (0, 1).")
+        if not 0 <= dropout < 1 or not 0 <= guidance < math.inf:
+            raise ValueError(f"got dropout {dropout}, guidance {guidance}; want a share below 1 and a finite factor.")
+        if guidance != 1 and not dropout:
+            raise ValueError(
+                f"got guidance {guidance} and dropout 0, wanted a decoder that has seen no latents; raise it."
+            )
+        self.dropout, self.guidance = dropout, guidance
         self.sides = [
             image_size >> i for i in range(image_size.bit_length()) if image_size >> i >= (coarsest or image_size)
         ]
@@ -131,6 +144,9 @@ class FlowDecoder(Decoder):
 
     def losses(self, z: Tensor, keep_mask: Tensor, images: Tensor, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(predicted clean image (B,3,H,W), velocity loss per image (B,)) at one random time per image."""
+        if self.training and self.dropout:
+            drop = torch.rand(len(z), device=z.device) < self.dropout  # (B,)
+            keep_mask, base = keep_mask & ~drop[:, None], without(base, drop)
         t = torch.sigmoid(torch.randn(len(z), device=z.device) + self.time_mean)
         tt = t[:, None, None, None]
         x_t = interpolate(images, torch.randn_like(images), tt)
@@ -147,11 +163,24 @@ class FlowDecoder(Decoder):
         self, z: Tensor, keep_mask: Tensor, base: Tensor | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
         """One picture per row, drawn with `generator`: midpoint steps from noise, t = (1-u)^1.5."""
-        tokens = self.tokens(z, keep_mask)
         shape = (len(z), 3, self.image_size, self.image_size)
         x = torch.randn(shape, generator=generator, device=z.device)
+        guided = self.guidance != 1
+        if guided:  # twins that see no latent
+            base = None if base is None else torch.cat([base, torch.zeros_like(base)])
+            z, keep_mask = torch.cat([z, z]), torch.cat([keep_mask, torch.zeros_like(keep_mask)])
+        tokens = self.tokens(z, keep_mask)
 
         def field(x_t: Tensor, t: float) -> Tensor:
-            return v_from_x(x_t, self(x_t, torch.full((len(z),), t, device=z.device), tokens, base), t)
+            rows = torch.cat([x_t, x_t]) if guided else x_t
+            clean = self(rows, torch.full((len(rows),), t, device=z.device), tokens, base)
+            if guided:
+                clean = torch.lerp(*reversed(clean.chunk(2)), self.guidance)
+            return v_from_x(x_t, clean, t)
 
         return midpoint(field, x, power_grid(self.steps))
+
+
+def without(base: Tensor | None, drop: Tensor) -> Tensor | None:
+    """The linear path's reconstructions (B,3,H,W), zero in rows where `drop` (B,)."""
+    return None if base is None else base.masked_fill(drop[:, None, None, None], 0)

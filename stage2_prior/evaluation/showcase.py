@@ -123,7 +123,7 @@ def headlines(reconstruction: dict[str, Any], generation: dict[str, Any]) -> lis
     ]
     kinds = {name: kind for name, kind in reconstruction.get("retrieval", {}).items() if name != "n"}
     if kinds:
-        name, kind = list(kinds.items())[-1]  # of scenes the long caption
+        name, kind = max(kinds.items(), key=lambda item: item[1]["distinct"])  # of scenes the long caption
         first = kind["recall"][shown[0]]["1"]
         rows.append(
             (f"{name} caption found among {reconstruction['retrieval']['n']} from the first latent", f"{first:.3f}")

@@ -116,3 +116,41 @@ def test_flow_decoder_corrects_the_linear_path_where_it_is_told_to() -> None:
     assert decoder.base is not None and decoder.base.weight.grad is not None and decoder.base.weight.grad.any()
     with pytest.raises(ValueError, match="linear_path"):
         decoder.decode(z, keep)
+
+
+def test_guidance_goes_beyond_what_the_latents_say() -> None:
+    """A network that answers with the mean of its tokens draws just that: guided, a + w (b - a) of what it says
+    without latents (a) and with (b)."""
+    drawn = {}
+    for w in (0.0, 1.0, 2.5):
+        decoder = small(8, dropout=0.1, guidance=w)
+        decoder.forward = lambda x_t, t, tokens, base: tokens.mean((1, 2))[:, None, None, None].expand_as(x_t)  # type: ignore[method-assign,misc,assignment]
+        torch.manual_seed(0)
+        torch.nn.init.normal_(decoder.null)
+        torch.nn.init.normal_(decoder.latent.weight)
+        with torch.no_grad():
+            drawn[w] = decoder.decode(torch.ones(2, K, C), torch.ones(2, K, dtype=torch.bool))
+    wanted = drawn[0.0] + 2.5 * (drawn[1.0] - drawn[0.0])
+    assert (drawn[1.0] - drawn[0.0]).abs().min() > 0.01
+    torch.testing.assert_close(drawn[2.5], wanted, rtol=0, atol=1e-4)
+
+
+def test_in_training_a_share_of_the_rows_sees_no_latent() -> None:
+    decoder, seen = small(8, dropout=0.3, base=True), []
+
+    def forward(x_t: Tensor, t: Tensor, tokens: Tensor, base: Tensor) -> Tensor:
+        seen.append((tokens == decoder.null).all(2).all(1))
+        assert torch.equal(seen[-1], (base == 0).flatten(1).all(1)), "the linear path would say it"
+        return torch.zeros_like(x_t)
+
+    decoder.forward = forward  # type: ignore[method-assign,assignment]
+    images, keep = torch.ones(2000, 3, 8, 8), torch.ones(2000, K, dtype=torch.bool)
+    z = torch.randn(2000, K, C)
+    decoder.train().losses(z, keep, images, images)
+    decoder.eval().losses(z, keep, images, images)
+    assert seen[0].float().mean().item() == pytest.approx(0.3, abs=0.04) and not seen[1].any()
+
+
+def test_guidance_needs_a_decoder_that_was_trained_for_it() -> None:
+    with pytest.raises(ValueError, match="got guidance 2.0 and dropout 0"):
+        small(8, guidance=2.0)
