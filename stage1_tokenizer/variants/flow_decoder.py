@@ -175,7 +175,8 @@ class FlowDecoder(Decoder):
             rows = torch.cat([x_t, x_t]) if guided else x_t
             clean = self(rows, torch.full((len(rows),), t, device=z.device), tokens, base)
             if guided:
-                clean = torch.lerp(*reversed(clean.chunk(2)), self.guidance)
+                given, alone = clean.chunk(2)
+                clean = torch.lerp(alone, given, self.guidance)
             return v_from_x(x_t, clean, t)
 
         return midpoint(field, x, power_grid(self.steps))
