@@ -1,6 +1,7 @@
 """Exported folders: config.json + model.safetensors + a model card, in the layout the Hugging Face hub expects.
 
 Nothing in a folder is executed: the config names classes of this package (see `spec`), weights are safetensors.
+Readers of files are imported with the first file, so that the models themselves need torch alone.
 """
 
 import json
@@ -9,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-import huggingface_hub
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stage1_tokenizer.spec import TRUSTED, build
@@ -37,6 +36,8 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     Tensors whose names begin as one of `module.training_state` are left out, if it has any.
     Without a `card`, a module that was loaded keeps the one of the folder that it came from, whatever was done to it.
     """
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     left_out: tuple[str, ...] = getattr(module, "training_state", ())
@@ -60,8 +61,12 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
 
     trust: packages besides this project's whose classes may be imported, by name.
     """
+    from safetensors.torch import load_file
+
     folder = Path(path)
     if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        import huggingface_hub
+
         folder = Path(huggingface_hub.snapshot_download(str(path), revision=revision, allow_patterns=[*FILES, CARD]))
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -95,6 +100,8 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
 
 def push_module(module: nn.Module, repo_id: str, card: str | None = None, **create: Any) -> str:
     """Create `repo_id` if needed and upload the export; returns its address."""
+    import huggingface_hub
+
     api = huggingface_hub.HfApi()
     repo = api.create_repo(repo_id, exist_ok=True, **create)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,8 @@
 """The benchmark's own measure: FLOPs against counts by hand, ratios of turns, and a table with every row."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from data.__main__ import main as data_main
-from tests.benchmarks import bench_tokenizers, scaling
+from tests.benchmarks import bench_tokenizers, gpu, sampling, scaling
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.designs import SIZES, millions, our_design, titok_design
+from tests.benchmarks.machine import Machine
 from tests.benchmarks.measure import Contender, Row, compete, count_flops, matmul_peak, peak_memory, table
 from tests.benchmarks.models import OURS, TITOK, Bench
 
@@ -99,6 +102,40 @@ def test_scaling_is_drawn(tmp_path: Path) -> None:
 
     scaling.plot({"latents": {8: rows(8), 32: rows(32)}}, 1e-3, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_shares_of_a_sample_are_those_of_its_parts() -> None:
+    one, sets = (sampling.split(Machine(CPU), order, 2, 1) for order in sampling.ORDERS.values())
+    for taken in (one, sets):
+        parts = [taken[part] for part in sampling.PARTS]
+        assert min(parts) > 0 and sum(parts) < taken["all"]
+    assert sets["transformer"] < one["transformer"]
+
+
+@pytest.mark.slow
+def test_the_gpu_script_runs_with_torch_alone(tmp_path: Path) -> None:
+    names = ["lightning", "jsonargparse", "webdataset", "open_clip", "timm", "torchvision", "matplotlib", "PIL"]
+    names += ["safetensors", "huggingface_hub", "yaml", "scipy"]
+    arguments = ["--device", "cpu", "--tiny", "--out", str(tmp_path / "gpu.json")]
+    program = f"import sys; sys.modules |= dict.fromkeys({names}); from tests.benchmarks.gpu import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program} sys.exit(main({arguments}))"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(content["agreement"]) == 6 and all(finding["right"] for finding in content["agreement"])
+    assert [len(content[section]) for section in ("machine", "step", "sample")] == [3, 3, 2]
+
+
+def test_a_path_that_is_wrong_or_fails_is_found() -> None:
+    wanted = torch.ones(3)
+    assert gpu.agrees("right", lambda: wanted + 1e-4, wanted, 1e-3)["right"]
+    assert not gpu.agrees("wrong", lambda: 1.1 * wanted, wanted, 1e-3)["right"]
+    assert "no kernel" in gpu.agrees("fails", no_kernel, wanted, 1e-3)["failed"]
+
+
+def no_kernel() -> torch.Tensor:
+    raise RuntimeError("no kernel image")
 
 
 def test_an_option_that_measures_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

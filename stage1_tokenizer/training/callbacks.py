@@ -7,11 +7,14 @@ Each callback does one of these things and can be read alone:
     ConfiguredRates a resumed fit has the learning rates of its configuration, not those of the checkpoint
     NaNGuard        stops at the first non-finite loss, naming step, batch keys and loss parts; no NaN is ever saved
     Throughput      logs steps and samples per second, validation excluded
+    SharedCores     says once that threads wait for cores that other programs keep busy, and what to do
     ExportAtEnd     the lit module's export, with averaged weights, replacing the old one only when complete
 """
 
+import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -135,6 +138,62 @@ class Throughput(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restart()
+
+
+class SharedCores(pl.Callback):
+    """Says once in a fit on a CPU that its threads wait for cores that other programs keep busy, and what to do.
+
+    The kernel counts how long each thread was ready to run and did not. Looked at every `window` steps; one thread that
+    waited for more than `share` of that time holds up all the others.
+    """
+
+    def __init__(self, window: int = 50, share: float = 0.3) -> None:
+        self.window, self.share = window, share
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        watched = pl_module.device.type == "cpu" and trainer.is_global_zero
+        self._steps = 0 if watched else -1  # -1: no longer
+        self._since, self._waits = time.perf_counter(), seconds_waited()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._steps < 0:
+            return
+        self._steps += 1
+        if self._steps % self.window:
+            return
+        now, waits = time.perf_counter(), seconds_waited()
+        share = max((waits[t] - self._waits.get(t, 0.0) for t in waits), default=0.0) / max(now - self._since, 1e-9)
+        self._since, self._waits = now, waits
+        if share > self.share:
+            self._steps = -1
+            say = trainer.progress_bar_callback.print if trainer.progress_bar_callback else print
+            say(busy_sentence(share, torch.get_num_threads()))
+
+
+def seconds_waited() -> dict[str, float]:
+    """Seconds that each thread of this process has waited for a core since it began; empty where no kernel tells."""
+    waits = {}
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            waits[task.parent.name] = int(task.read_text().split()[1]) / 1e9
+        except (OSError, IndexError):  # the thread has ended
+            continue
+    return waits
+
+
+def busy_sentence(share: float, threads: int) -> str:
+    """What `SharedCores` says to a run of so many threads, one of which waited for `share` of the time."""
+    load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    advice = (
+        f"OMP_NUM_THREADS=1 loses least (now {threads})"
+        if threads > 1
+        else "it has one thread already, and is as fast as the others let it"
+    )
+    return (
+        f"this run waits {share:.0%} of its time for a core: {load:.1f} threads want {cores} (load average); {advice}"
+    )
 
 
 def batch_size(batch: Any) -> int:

@@ -31,7 +31,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stage1_tokenizer.spec import public_path
-from stage1_tokenizer.training.callbacks import ConfiguredRates, NaNGuard, Throughput
+from stage1_tokenizer.training.callbacks import ConfiguredRates, NaNGuard, SharedCores, Throughput
 from stage1_tokenizer.training.checkpoint import ExportAtEnd, RandomStates, RunCheckpoint
 from stage1_tokenizer.training.checkpoint_file import WholeFiles
 from stage1_tokenizer.training.config_files import with_files
@@ -198,7 +198,7 @@ class UnspoolCLI(LightningCLI):
         return [MetricsFile(self.folder.metrics_file), *(logger for logger in others if logger not in (None, True))]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
-        always = [RandomStates(), ConfiguredRates(), Throughput(), ExportAtEnd(), *self.callbacks]
+        always = [RandomStates(), ConfiguredRates(), Throughput(), SharedCores(), ExportAtEnd(), *self.callbacks]
         if config["enable_progress_bar"] is not False:
             always.append(StatusLine())
         return super()._instantiate_trainer(config, callbacks + always)

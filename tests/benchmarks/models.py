@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from stage1_tokenizer.precision import hold_weights, matmul_dtype
+from stage1_tokenizer.precision import hold_weights
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage1_tokenizer.training.optim import MuonAdamW, parameter_groups
 from stage2_prior.prior import Prior
 from tests.benchmarks.bench_data import photographs, prepare_loops
 from tests.benchmarks.designs import SIZES, Size, millions, our_design, pictures, titok_design
+from tests.benchmarks.machine import Machine
 from tests.benchmarks.measure import Contender, Row, compete
 from tests.same_numbers import build
 
@@ -27,42 +27,12 @@ MAR = "MAR-style head, 100 steps"
 Contests = Iterator[tuple[str, dict[str, Contender]]]
 
 
-class Bench:
+class Bench(Machine):
     """Builds contests for one device; `compiled` adds ours through torch.compile (graphs are captured on a GPU)."""
 
     def __init__(self, device: torch.device, compiled: bool = False):
-        self.device, self.compiled = device, compiled
-        self.dtype = matmul_dtype(device)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def used(self, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        """A call without gradients."""
-
-        def call() -> Any:
-            with torch.inference_mode(), self.autocast():
-                return function(*arguments)
-
-        return call
-
-    def trained(self, module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        """One training step: forward, backward, optimiser. Rates are so small that weights stay where they are."""
-        optimizer = MuonAdamW(parameter_groups(module), lr=1e-6, matrix_lr=1e-6)
-
-        def step() -> None:
-            with self.autocast():
-                value = loss()
-            value.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        compiled: Callable[..., Any] = torch.compile(function, dynamic=False, mode=mode)
-        return compiled
+        super().__init__(device)
+        self.compiled = compiled
 
     def tokenizers(self, name: str, batch: int) -> Contests:
         """encode, decode and training step of the designs at a size of `designs.SIZES`."""

@@ -1,6 +1,8 @@
 """What a fit leaves in its folder: metrics that append, its story, checkpoints, exports."""
 
 import json
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from stage1_tokenizer.training.callbacks import NaNGuard, NonFiniteLossError
+from stage1_tokenizer.training import callbacks
+from stage1_tokenizer.training.callbacks import NaNGuard, NonFiniteLossError, SharedCores, busy_sentence, seconds_waited
 from stage1_tokenizer.training.ema import EMAWeights
 from stage1_tokenizer.training.metrics_file import read_metrics
 from tests.tiny_run import TinyLit, checkpoint, fresh, run
@@ -144,3 +147,28 @@ def test_a_rank_stops_with_the_others(elsewhere: bool) -> None:
     trainer.world_size = 1  # alone, nobody is asked
     guard.on_train_batch_end(trainer, None, {"loss": torch.zeros(())}, {}, 0)  # type: ignore[arg-type]
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize(("share", "lines"), [(0.6, 1), (0.1, 0)])
+def test_a_run_that_waits_for_cores_says_so_once(
+    share: float, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = time.perf_counter()
+    waits = {"idle": lambda: 5.0, "worker": lambda: 3 + share * (time.perf_counter() - start)}
+    monkeypatch.setattr(callbacks, "seconds_waited", lambda: {name: wait() for name, wait in waits.items()})
+    trainer: Any = SimpleNamespace(is_global_zero=True, progress_bar_callback=None)
+    module: Any = SimpleNamespace(device=torch.device("cpu"))
+    watching = SharedCores(window=2)
+    watching.on_train_start(trainer, module)
+    for batch in range(8):
+        time.sleep(0.01)
+        watching.on_train_batch_end(trainer, module, None, None, batch)
+    said = capsys.readouterr().out
+    assert said.count("waits 60% of its time for a core") == lines and len(said.splitlines()) == lines
+    assert "OMP_NUM_THREADS=1" in busy_sentence(0.5, 2) and "one thread already" in busy_sentence(0.5, 1)
+
+
+def test_the_kernel_counts_what_each_thread_waited() -> None:
+    if not (waited := seconds_waited()):
+        pytest.skip("this kernel does not tell")
+    assert str(threading.get_native_id()) in waited and min(waited.values()) >= 0
