@@ -33,6 +33,7 @@ from stage2_prior.guidance import Guidance
 from stage2_prior.heads.solvers import Solver
 from stage2_prior.latent_space import LatentSpace, PriorError, load_space
 from stage2_prior.request import Text
+from stage2_prior.training.card import prior_card
 from stage2_prior.training.latent_data import CaptionSource
 
 
@@ -106,18 +107,9 @@ class LitPrior(pl.LightningModule):
         """Replace the network by the exported one of a run."""
         self.prior = Prior.from_pretrained(run_dir / "prior")
 
-    def card(self) -> str:
-        """The model card: what this is, how to load it, what its numbers mean."""
-        prior, credit = self.prior, attribution(self.run_dir / "data")
-        return (
-            "---\nlibrary_name: unspool\ntags: [text-to-image, autoregressive, continuous-latents]\n---\n"
-            f"# Unspool prior\n\nDraws {prior.num_latents} latents of {prior.latent_dim} floats from a caption, "
-            f"for the tokenizer with fingerprint `{prior.fingerprint}`; another tokenizer is refused.\n\n"
-            "```python\nfrom stage2_prior import Pipeline\n\n"
-            'pipeline = Pipeline.from_pretrained("prior", "tokenizer")  # folders or Hub ids\n'
-            'images = pipeline.generate(["a large red circle"], guidance=2.0)  # (1, 3, H, W) in [-1, 1]\n```\n'
-            + (f"\n## Pictures\n{credit}\n" if credit else "")
-        )
+    def card(self, figures: list[dict[str, Any]] | None = None) -> str:
+        """The model card, with the headlines of a report."""
+        return prior_card(self.prior, figures or [], attribution(self.run_dir / "data"))
 
     def load_tokenizer(self) -> nn.Module:
         """The exported tokenizer, on the CPU; loaded once."""
@@ -254,8 +246,9 @@ class LitPrior(pl.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, CaptionSource), "it has the captions that `fit` asked for"
         if self.trainer.is_global_zero:
-            self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
-            self.prior.save_pretrained(self.run_dir / "prior")  # with the best length that the report found
+            page = self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
+            figures = json.loads((page.parent / "metrics.json").read_text(encoding="utf-8"))["figures"]
+            self.prior.save_pretrained(self.run_dir / "prior", self.card(figures))  # with the best length, too
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         captions = [c[0] for c in batch["captions"]]

@@ -143,6 +143,8 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
     assert list(lengths["distance"]) == ["1.0", "2.0"] and str(lengths["best"]["1.0"]) in lengths["distance"]["1.0"]
     by_length = {int(k): distance for k, distance in lengths["distance"]["2.0"].items()}
     assert Prior.from_pretrained(run_dir / "prior").best_length == worthwhile(by_length)
+    card = (run_dir / "prior" / "README.md").read_text()
+    assert all(figure["value"] in card for figure in metrics["figures"]) and "Pipeline.from_pretrained" in card
     assert set(metrics["neighbours"]["nearer_to_training"]) == {"1.0", "2.0"}
     assert metrics["skipped"][0]["name"] == "frechet[effnet-lite0-1280]"
     page = (run_dir / "generation" / "report.html").read_text()
