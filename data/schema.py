@@ -26,6 +26,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from data.forms import SHARD_NAME, Named, misformed, parse_json
+
 SCHEMA_VERSION = 1
 SPLITS = ("train", "val")
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
@@ -35,6 +37,14 @@ DECODED_MEMBERS = (*IMAGE_MEMBERS, LATENT_MEMBER, "txt", "json", "cls")
 
 # Member kinds of a source that hold a picture; those of `IMAGE_MEMBERS` can also be passed through untouched.
 SOURCE_MEMBERS = (*IMAGE_MEMBERS, "gif", "bmp", "tif", "tiff", "ppm")
+_MANIFEST = {
+    "kind": str,
+    "counts": Named(int, "train|val"),
+    "shards": Named({"count": int, "bytes": int, "sha256": str}, SHARD_NAME),
+}
+_LATENTS = {"num_latents": int, "latent_dim": int, "tokenizer_fingerprint": str}
+_COUNTS = ("dropped", "captions", "caption_length", "short_side")  # of pictures, by reason or by lower edge
+_BINS = Named(int)
 _SPLIT_NAME = re.compile(r"^(train|val|valid|validation|dev|test|restval)(?![a-z])")
 LONGEST_KEY = 100 - len(f".{LATENT_MEMBER}")  # a plain tar has room for names of 100 bytes
 _UNSAFE = re.compile(r"[^A-Za-z0-9_\-]+")
@@ -117,7 +127,7 @@ def clean_key(name: str) -> str:
 
 def key_hash(key: str) -> bytes:
     """Return 8 bytes by which keys of a whole set are compared."""
-    return hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def split_named(name: str) -> str | None:
@@ -175,10 +185,18 @@ def read_manifest(data_dir: str | os.PathLike[str]) -> dict[str, Any]:
             f"run `python -m data prepare --out {directory} ...` until it ends"
         )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_json(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); delete it and run prepare again") from error
-    if manifest.get("schema") != SCHEMA_VERSION:
-        found = manifest.get("schema")
-        raise DataError(f"{path} has schema {found!r}, this program reads {SCHEMA_VERSION}; prepare again")
+    found = manifest.get("schema") if isinstance(manifest, dict) else None
+    if found != SCHEMA_VERSION:
+        raise DataError(f"{path} has schema {found!r:.40}, this program reads {SCHEMA_VERSION}; prepare again")
+    assert isinstance(manifest, dict)
+    wrong = misformed(manifest, _MANIFEST) or misformed(
+        {n: manifest[n] for n in _COUNTS if n in manifest}, Named(_BINS)
+    )
+    if manifest.get("kind") == "latents":
+        wrong = wrong or misformed(manifest, {"latents": _LATENTS})
+    if wrong is not None:
+        raise DataError(f"{path} is not as it was written ({wrong}); delete it and prepare again")
     return manifest

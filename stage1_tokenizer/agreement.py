@@ -6,6 +6,7 @@ Letters: K latents, C latent channels.
 import hashlib
 import json
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -32,10 +33,22 @@ def check_sizes(encoder: Encoder, bottleneck: Bottleneck, parts: Mapping[str, An
                 raise ValueError(f"{owner} is {wanted} but {name}.{size} is {got}; make them equal.")
 
 
-def check_images(images: Tensor, size: int, look: bool) -> None:
-    """Raises ValueError unless images are (B,3,size,size) and floating point; with `look` also finite and in [-1, 1],
-    which waits for the device."""
-    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+def is_count(value: Any) -> bool:
+    """True for whole numbers, those of a traced shape too; a bool is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """True for real numbers, NaN among them; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_images(images: Tensor, size: int, look: bool) -> Tensor:
+    """The images in float32. Raises ValueError unless they are (B,3,size,size), B >= 1, and floating point; with `look`
+    also finite and in [-1, 1], which waits for the device."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"got images as {type(images).__name__}, wanted a tensor (B, 3, {size}, {size}).")
+    if images.ndim != 4 or images.shape[1:] != (3, size, size) or len(images) == 0:
         raise ValueError(f"got images of shape {tuple(images.shape)}, wanted (B, 3, {size}, {size}); resize them.")
     if not images.is_floating_point():
         raise ValueError(f"got images of dtype {images.dtype}, wanted float in [-1, 1]; use x / 127.5 - 1.")
@@ -43,6 +56,16 @@ def check_images(images: Tensor, size: int, look: bool) -> None:
         low, high = images.amin().item(), images.amax().item()
         if not (low >= -1.01 and high <= 1.01):  # also false for NaN
             raise ValueError(f"got pixels within [{low:.3g}, {high:.3g}], wanted finite values in [-1, 1].")
+    return images.float()
+
+
+def check_latents(z: Tensor, latent_dim: int) -> Tensor:
+    """The latents in float32. Raises ValueError unless they are (B,k,latent_dim), B >= 1, and floating point."""
+    if not isinstance(z, Tensor):
+        raise ValueError(f"got latents as {type(z).__name__}, wanted a tensor (B, k, {latent_dim}).")
+    if z.ndim != 3 or z.shape[-1] != latent_dim or len(z) == 0 or not z.is_floating_point():
+        raise ValueError(f"got {z.dtype} latents of shape {tuple(z.shape)}, wanted (B, k, {latent_dim}) of floats.")
+    return z.float()
 
 
 def fingerprint_of(described: str, state: Mapping[str, Tensor]) -> str:

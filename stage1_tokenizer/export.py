@@ -5,18 +5,25 @@ Readers of files are imported with the first file, so that the models themselves
 """
 
 import json
+import math
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from data.forms import parse_json
 from stage1_tokenizer.spec import TRUSTED, build
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
 CARD = "README.md"
+LEAST_ALLOWED = 1 << 26  # numbers that a module may hold besides its export: caption memories, masks
+LEAST_PARTS = 2_000  # tensors and modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,28 +81,88 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
             f"{folder} has no {' and no '.join(missing)}; wanted an exported {cls.__name__} folder: run fit first, or "
             "name the folder that fit left."
         )
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("format", 0) > FORMAT:
-        raise ValueError(f"{folder} has format {config['format']}, this version reads up to {FORMAT}; update unspool.")
-    module = build(config, (*TRUSTED, *trust))
-    if not isinstance(module, cls):
-        raise ValueError(f"{folder} holds a {type(module).__name__}, wanted a {cls.__name__}.")
+    config, wanted = read_config(folder), read_shapes(folder)
+    trusted = (*TRUSTED, *trust)
+    if not trust:  # who trusts a package has code of it run; it may do what cannot be done without numbers
+        limit = LEAST_ALLOWED + 4 * sum(math.prod(shape) for shape in wanted.values())
+        with (
+            torch.device("meta"),
+            at_most(limit, LEAST_PARTS + 10 * len(wanted)),
+        ):  # nothing is allocated: a config may name any size
+            check_fit(folder, cls, build(config, trusted), wanted)
+    module = build(config, trusted)
+    check_fit(folder, cls, module, wanted)
     tensors = load_file(folder / "model.safetensors")
-    own = module.state_dict()
-    wrong = [
-        n for n in own.keys() | tensors.keys() if n not in own or n not in tensors or own[n].shape != tensors[n].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{folder}: {len(wrong)} tensors do not fit its config.json, {sorted(wrong)[0]} among them; "
-            "the two files are not from one export."
-        )
     module.load_state_dict(tensors, strict=True)
     if isinstance(module, KeepsFacts):
         module.loaded_from(config)
     if (folder / CARD).is_file():
         module.loaded_card = (folder / CARD).read_text("utf-8", "replace")  # type: ignore[assignment]
     return module.eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of an export. Raises ValueError where it is none, or of a newer format."""
+    try:
+        config = parse_json((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is not JSON ({error}); export again, or fetch it again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("format", 0), int):
+        raise ValueError(f"{folder}/config.json is no config of an export; export again, or fetch it again.")
+    if config.get("format", 0) > FORMAT:
+        raise ValueError(f"{folder} has format {config['format']}, this version reads up to {FORMAT}; update unspool.")
+    return config
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of an export's tensors by name, from the header alone. Raises ValueError for a file that is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}/model.safetensors is damaged ({reason}); export again, or fetch it.") from error
+
+
+def check_fit(folder: Path, cls: type[nn.Module], module: nn.Module, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless `module` is a `cls` whose tensors have the names and shapes of the file's."""
+    if not isinstance(module, cls):
+        raise ValueError(f"{folder} holds a {type(module).__name__}, wanted a {cls.__name__}.")
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong = sorted(n for n in own.keys() | wanted.keys() if own.get(n) != wanted.get(n))
+    if wrong:
+        raise ValueError(
+            f"{folder}: {len(wrong)} tensors do not fit its config.json, {wrong[0]} among them; "
+            "the two files are not from one export."
+        )
+
+
+@contextmanager
+def at_most(elements: int, parts: int) -> Iterator[None]:
+    """Within, modules of this thread that together have more numbers, or tensors and modules, raise ValueError."""
+    left, thread = elements, threading.get_ident()
+
+    def count(module: nn.Module, name: str, tensor: Any) -> None:
+        nonlocal left, parts
+        if threading.get_ident() != thread:
+            return
+        left, parts = left - (tensor.numel() if isinstance(tensor, Tensor) else 0), parts - 1
+        if left < 0 or parts < 0:
+            raise ValueError(f"this config describes a model far larger than its weights: over {elements} numbers.")
+
+    registries = nn.modules.module
+    handles = [
+        registries.register_module_parameter_registration_hook(count),
+        registries.register_module_buffer_registration_hook(count),
+        registries.register_module_module_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def push_module(module: nn.Module, repo_id: str, card: str | None = None, **create: Any) -> str:

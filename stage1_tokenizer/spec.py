@@ -89,25 +89,31 @@ def plain(value: Any) -> Any:
 
 
 def build(spec: dict[str, Any], trusted: tuple[str, ...] = TRUSTED) -> Any:
-    """The object that `spec` describes. Raises SpecError for a class outside `trusted` or unknown arguments."""
-    path = spec.get("class_path", "")
+    """The object that `spec` describes. Raises SpecError for a class outside `trusted` or odd arguments."""
+    path, given = spec.get("class_path", ""), spec.get("init_args", {})
+    if not isinstance(path, str) or not isinstance(given, dict):
+        raise SpecError(f"got class path {path!r:.60} with arguments {given!r:.60}, wanted a name and a mapping.")
     if path.split(".")[0] not in trusted:
         raise SpecError(
-            f"got class path {path!r}, wanted one in {', '.join(trusted)}; if you trust its package, load with "
-            f"trust=({path.split('.')[0]!r},)."
+            f"got class path {path!r:.200}, wanted one in {', '.join(trusted)}; if you trust its package, load with "
+            f"trust=({path.split('.')[0]!r:.100},)."
         )
     try:
         cls = find_class(path)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise SpecError(f"got class path {path!r}, which does not exist here ({error}); update the package.") from error
     if not (isinstance(cls, type) and issubclass(cls, Spec) and issubclass(cls, nn.Module)):
         raise SpecError(f"got class path {path!r}, wanted a module class that records its arguments.")
-    given = {k: v for k, v in spec.get("init_args", {}).items() if k not in cls.retired or v != cls.retired[k]}
+    given = {k: v for k, v in given.items() if k not in cls.retired or v != cls.retired[k]}
+    given |= {k: v for k, v in cls.unrecorded.items() if k in given}  # no file or download that an export may name
     arguments = {k: build_value(v, trusted) for k, v in given.items()}
     try:
         return cls(**arguments)
-    except TypeError as error:
-        raise SpecError(f"got arguments {sorted(arguments)} for {path}: {error}.") from error
+    except Exception as error:  # of a value that its constructor did not expect, torch and Python raise all kinds
+        if isinstance(error, ValueError) and type(error).__module__.split(".")[0] in TRUSTED:
+            raise
+        reason = " ".join(str(error).split())
+        raise SpecError(f"got arguments {sorted(arguments)} for {path}: {reason:.300}.") from error
 
 
 def build_value(value: Any, trusted: tuple[str, ...]) -> Any:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.agreement import check_images, check_sizes, describe, fingerprint_of
+from stage1_tokenizer.agreement import check_images, check_latents, check_sizes, describe, fingerprint_of, is_count
 from stage1_tokenizer.bottleneck import Bottleneck
 from stage1_tokenizer.decoder import Decoder
 from stage1_tokenizer.encoder import Encoder
@@ -93,7 +93,7 @@ class Tokenizer(Spec, nn.Module):
 
     def posterior(self, images: Tensor, k: int | None = None) -> tuple[Tensor, Tensor]:
         """(mean, std) of the posterior, standardised, each (B,k,C). Arguments and errors as `encode`."""
-        check_images(images, self.image_size, look=self.checks_pixels and not self.training)
+        images = check_images(images, self.image_size, look=self.checks_pixels and not self.training)
         k = self.check_length(self.num_latents if k is None else k)
         n = self.num_latents if self.bottleneck.rounds else k  # a shorter product is not the same to the last bit
         shift = self.linear_path.encode(images, n) if self.linear_path is not None else None
@@ -106,8 +106,7 @@ class Tokenizer(Spec, nn.Module):
 
         `generator` draws the noise of a stochastic decoder. Raises ValueError for another shape.
         """
-        if z.ndim != 3 or z.shape[-1] != self.latent_dim:
-            raise ValueError(f"got latents of shape {tuple(z.shape)}, wanted (B, k, {self.latent_dim}).")
+        z = check_latents(z, self.latent_dim)
         k = self.check_length(z.shape[1])
         raw = F.pad(self.unstandardised(z), (0, 0, 0, self.num_latents - k))  # (B,K,C)
         keep = keep_mask(torch.full((len(z),), k, device=z.device), self.num_latents)
@@ -126,6 +125,7 @@ class Tokenizer(Spec, nn.Module):
         Text is trained on the prefixes in `text.lengths`: the longest of them within k is what is read, or the shortest
         of them, with the latents that are there, if k is below it (`Supervision.embed`).
         """
+        z = check_latents(z, self.latent_dim)
         self.check_length(z.shape[1])
         with held_autocast(self.held, z.device):
             return self.text_part().embed(self.unstandardised(z))
@@ -153,7 +153,7 @@ class Tokenizer(Spec, nn.Module):
         return self.text
 
     def check_length(self, k: int) -> int:
-        if not 1 <= k <= self.num_latents:
+        if not is_count(k) or not 1 <= k <= self.num_latents:
             raise ValueError(f"got {k} latents, wanted a prefix of 1 to {self.num_latents}.")
         return k
 

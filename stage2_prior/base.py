@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.agreement import is_count, is_number
 from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.precision import held_autocast, hold_weights
 from stage1_tokenizer.spec import Spec
@@ -110,9 +111,11 @@ class Prior(Spec, SpaceBound):
 
         steps: of the ODE solver, whose error `likelihood` describes. Raises PriorError where a prior has no density.
         """
-        if len(z) != len(captions):
-            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted as many of each.")
         z, text = self.check_latents(z), self.encode_text(captions)
+        if len(z) != len(captions) or not is_count(steps) or steps < 1:
+            raise PriorError(
+                f"got {len(z)} lines, {len(captions)} captions, steps={steps!r:.40}; wanted as many, and 1."
+            )
         with self.autocast():
             return self.score(z, text, steps)
 
@@ -147,7 +150,7 @@ class Prior(Spec, SpaceBound):
 
     def encode_text(self, captions: list[str]) -> Text:
         """Captions -> ids and mask on the prior's device. Raises PriorError for what is no string or empty."""
-        if isinstance(captions, str) or not captions:
+        if not isinstance(captions, (list, tuple)) or not captions:
             raise PriorError(f"got {captions!r:.40}, wanted a list of at least one caption.")
         for caption in captions:
             if not isinstance(caption, str) or not caption.strip():
@@ -200,8 +203,8 @@ class Prior(Spec, SpaceBound):
         text, scales, interval = self.guided_text(captions, guidance, temperature, negative)
         b, c = len(captions), self.latent_dim
         n = self.num_latents if num_latents is None else num_latents
-        if not 1 <= n <= self.num_latents:
-            raise PriorError(f"got num_latents={n}, wanted 1 to {self.num_latents}.")
+        if not is_count(n) or not 1 <= n <= self.num_latents:
+            raise PriorError(f"got num_latents={n!r:.40}, wanted 1 to {self.num_latents}.")
         given = torch.zeros(b, 0, c) if prefix is None else prefix
         if given.ndim != 3 or given.shape[::2] != (b, c) or given.shape[1] > n:
             raise PriorError(f"got a prefix of shape {tuple(given.shape)}, wanted ({b}, up to {n}, {c}).")
@@ -229,8 +232,8 @@ class Prior(Spec, SpaceBound):
         caption takes the place of the null word. Raises PriorError for a temperature out of range, and for a negative
         caption that nothing would look at.
         """
-        if not 0 <= temperature < float("inf"):
-            raise PriorError(f"got temperature={temperature}, wanted a finite number of at least 0.")
+        if not is_number(temperature) or not 0 <= temperature < float("inf"):
+            raise PriorError(f"got temperature={temperature!r:.40}, wanted a finite number of at least 0.")
         schedule = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         scales, text = schedule.scales(self.num_latents), self.encode_text(captions)
         if negative is None:
@@ -247,6 +250,8 @@ class Prior(Spec, SpaceBound):
     def negative_text(self, captions: list[str], negative: str | list[str], scales: list[float]) -> tuple[Text, Text]:
         """Captions and negative ones as rows of one length, (B,L) each. Raises PriorError as `guided_text`."""
         others = [negative] * len(captions) if isinstance(negative, str) else negative
+        if not isinstance(others, (list, tuple)):
+            raise PriorError(f"got negative={negative!r:.40}, wanted a caption, or a list of one for each caption.")
         if len(others) != len(captions):
             raise PriorError(f"got {len(others)} negative captions for {len(captions)}, wanted one, or one for each.")
         if self.words.constant:

@@ -7,6 +7,7 @@ constant, falling and interval schedules exist beside it. Outside `interval` the
 
 from torch import nn
 
+from stage1_tokenizer.agreement import is_number
 from stage1_tokenizer.spec import Spec
 
 ALWAYS = (0.0, 1.0)  # an interval: at all times
@@ -26,9 +27,9 @@ class Guidance(Spec, nn.Module):
 
     def __init__(self, scale: float = 2.0, low: float = 0.0, high: float = 1.0):
         super().__init__()
-        if isinstance(scale, bool) or not 0 <= scale <= 100:  # also false for NaN
-            raise GuidanceError(f"got guidance={scale}, wanted a number from 0 to 100 (1: conditional only).")
-        if not 0 <= low < high <= 1:
+        if not is_number(scale) or not 0 <= scale <= 100:  # also false for NaN
+            raise GuidanceError(f"got guidance={scale!r:.40}, wanted a number from 0 to 100 (1: conditional only).")
+        if not is_number(low) or not is_number(high) or not 0 <= low < high <= 1:
             raise GuidanceError(f"got the interval {low}..{high}, wanted 0 <= low < high <= 1 (0 is data, 1 is noise).")
         self.scale, self.interval = float(scale), (low, high)
 

@@ -104,8 +104,12 @@ class SpaceBound(nn.Module):
             )
 
     def check_latents(self, z: Tensor) -> Tensor:
-        """z, if its shape is (B,K,C). Raises PriorError for another."""
-        if z.ndim != 3 or z.shape[1:] != (self.num_latents, self.latent_dim):
-            wanted = f"(B, {self.num_latents}, {self.latent_dim})"
+        """z in float32, if its shape is (B,K,C). Raises PriorError for another, and for no float."""
+        wanted = f"(B, {self.num_latents}, {self.latent_dim})"
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            raise PriorError(
+                f"got {getattr(z, 'dtype', type(z).__name__)} for latents, wanted a float tensor {wanted}."
+            )
+        if z.ndim != 3 or z.shape[1:] != (self.num_latents, self.latent_dim) or len(z) == 0:
             raise PriorError(f"got latents of shape {tuple(z.shape)}, wanted {wanted}.")
-        return z
+        return z.float()

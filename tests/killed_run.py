@@ -44,6 +44,7 @@ def command(stage: str, word: str, run: Path, data: Path, *more: str) -> None:
     if stage == "stage1":
         run_cli(stage, LitTokenizer, ImageDataModule, stage, [word, *words, *more], [LatentWriter()])
     else:
+        words.append(f"--model.tokenizer_dir={data.parent / 'tokenizer'}")  # the page decodes what it draws
         run_cli(stage, LitPrior, PriorDataModule, stage, [word, *words, *more])
 
 

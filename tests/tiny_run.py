@@ -50,7 +50,7 @@ class NumbersModule(pl.LightningDataModule):
         return {"done": 0 if progress.is_last_batch else progress.current.processed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.start = state_dict["done"]
+        self.start = int(state_dict["done"])
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         assert self.trainer is not None

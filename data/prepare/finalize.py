@@ -18,12 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from data.forms import Named, misformed, parse_json
 from data.prepare.chunks import CODECS, Chunk
 from data.prepare.options import PrepareConfig
 from data.prepare.quality import near_duplicates
 from data.prepare.records import read_record, record_path
 from data.reading.shards import ShardReader, ShardWriter
-from data.schema import SCHEMA_VERSION, SPLITS, DataError, Drop, write_bytes, write_json
+from data.schema import SCHEMA_VERSION, SPLITS, DataError, Drop, read_manifest, write_bytes, write_json
+
+_PLAN = {"fingerprint": str, "config": dict, "chunks": [list]}
+_CHUNK = {"start": int, "stop": int, "shards": Named(str, "train|val")}
 
 
 def write_plan(out: Path, config: PrepareConfig, chunks: list[Chunk], fingerprint: str, attribution: str = "") -> None:
@@ -66,9 +70,15 @@ def read_plan(out: Path) -> tuple[dict[str, Any], list[Chunk], str]:
         DataError: there is none.
     """
     try:
-        content = json.loads((out / "plan.json").read_text())
+        content = parse_json((out / "plan.json").read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{out} has no readable plan.json ({error}); start with: python -m data prepare") from error
+    wrong = misformed(content, _PLAN)
+    for fields in [] if wrong else content["chunks"]:
+        named = dict(zip(("start", "stop", "shards"), fields, strict=False))
+        wrong = wrong or (f"a chunk has {len(fields)} entries" if len(fields) != 3 else misformed(named, _CHUNK))
+    if wrong is not None:
+        raise DataError(f"{out}/plan.json is not as it was written ({wrong}); delete {out} and prepare again")
     chunks = [Chunk(number, *fields) for number, fields in enumerate(content["chunks"])]
     return content, chunks, content["fingerprint"]
 
@@ -76,12 +86,12 @@ def read_plan(out: Path) -> tuple[dict[str, Any], list[Chunk], str]:
 def is_finished(out: Path, fingerprint: str) -> dict[str, Any] | None:
     """Return the manifest where `out` is finished under this fingerprint and its shards have their sizes."""
     try:
-        manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+        manifest = read_manifest(out)
     except (OSError, ValueError):
         return None
     shards = manifest["shards"].items()
     whole = all((out / n).is_file() and (out / n).stat().st_size == s["bytes"] for n, s in shards)
-    return manifest if whole and manifest["fingerprint"] == fingerprint else None
+    return manifest if whole and manifest.get("fingerprint") == fingerprint else None
 
 
 def finalize(out: Path) -> dict[str, Any]:

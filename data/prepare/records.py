@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from data.forms import SHARD_NAME, Named, misformed, parse_json
 from data.schema import Drop, write_json
 
 _HASH_BYTES = 16
+_SHARD = {"count": int, "bytes": int, "sha256": str, "keys": str, "hashes": str}
+_RECORD = {
+    "fingerprint": str,
+    "source": [int],
+    "shards": Named(_SHARD, SHARD_NAME),
+    "dropped": [{"key": str, "reason": str, "detail": str}],
+    **{name: Named(int) for name in ("captions", "caption_length", "short_side")},
+}
 
 
 @dataclass
@@ -71,13 +79,22 @@ def record_path(out: Path, number: int) -> Path:
 def read_record(out: Path, number: int, fingerprint: str) -> ChunkRecord | None:
     """Return the record of a chunk that is completely written under this plan, else None."""
     try:
-        content = json.loads(record_path(out, number).read_text())
+        content = parse_json(record_path(out, number).read_bytes())
     except (OSError, ValueError):
         return None
-    if content["fingerprint"] != fingerprint:
+    if misformed(content, _RECORD) is not None or content["fingerprint"] != fingerprint:
         return None
-    shards = {name: ShardRecord(**shard) for name, shard in content["shards"].items()}
-    record = ChunkRecord(**content | {"shards": shards, "dropped": [Drop(**drop) for drop in content["dropped"]]})
+    try:
+        shards = {name: ShardRecord(**shard) for name, shard in content["shards"].items()}
+        record = ChunkRecord(**content | {"shards": shards, "dropped": [Drop(**drop) for drop in content["dropped"]]})
+        written = [shard.count + len(shard.removed or []) for shard in shards.values()]
+        hashes = [(len(shard.key_hashes()), len(shard.picture_hashes())) for shard in shards.values()]
+    except (TypeError, ValueError):
+        return None
+    if any(
+        keys != count or pictures not in (0, count) for count, (keys, pictures) in zip(written, hashes, strict=True)
+    ):
+        return None
     for name, shard in shards.items():
         path = out / name
         if shard.count and (not path.is_file() or path.stat().st_size != shard.bytes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from data.forms import parse_json
 from data.pictures.decode import PictureError, decode
 from data.reading.shards import ShardReader
 from data.reading.tar_index import index_tar
@@ -57,7 +57,7 @@ def _sample_problems(reader: ShardReader, sample: int, manifest: dict[str, Any])
     if len(main) != 1:
         yield f": members {names}, wanted one of {', '.join(wanted)}"
     try:
-        record: dict[str, Any] = json.loads(reader.read(sample, "json") or b"{}")
+        record: dict[str, Any] = parse_json(reader.read(sample, "json") or b"{}")
     except ValueError as error:
         yield f".json: {error}"
         return

@@ -75,13 +75,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         def read(sample: int) -> dict[str, Any]:
             record = self.reader.read_json(sample)
             text = None if "captions" in record else self.reader.read(sample, "txt")
-            return {
-                "captions": captions_of(record, text),
-                "keys": self.reader.key(sample),
-                "attributes": record.get("attributes") or {},
-                "labels": label_of(record, self.reader.read(sample, "cls")),
-                **self.arrays_of(sample),
-            }
+            described = described_by(record, text, self.reader.read(sample, "cls"))
+            return {**described, "keys": self.reader.key(sample), **self.arrays_of(sample)}
 
         made = run_all(read, list(samples), self.sample_bytes())
         if not made:
@@ -184,7 +179,7 @@ class LatentSet(ShardDataset):
         try:
             arrays = safetensors.numpy.load(content)
             return {"latents": arrays["mean"].astype(np.float32), "latents_std": arrays["std"].astype(np.float32)}
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"sample {self.reader.key(sample)} has no readable mean and std ({error})") from error
 
 
@@ -210,12 +205,22 @@ def decode_image(key: str, data: bytes, image_size: int) -> np.ndarray:
     return resize(pixels, image_size).numpy()
 
 
+def described_by(record: dict[str, Any], text: bytes | None, label: bytes | None) -> dict[str, Any]:
+    """Return what a sample's json, txt and cls state of it: captions, label and attributes."""
+    attributes = record.get("attributes")
+    return {
+        "captions": captions_of(record, text),
+        "labels": label_of(record, label),
+        "attributes": attributes if isinstance(attributes, dict) else {},
+    }
+
+
 def captions_of(record: dict[str, Any], text: bytes | None) -> list[str]:
     """Return all captions of a sample: those of its json, else the json's one caption, else its txt, else none."""
-    if record.get("captions"):
-        return [str(caption) for caption in record["captions"]]
-    if record.get("caption"):
-        return [str(record["caption"])]
+    captions = record.get("captions") or record.get("caption")
+    if captions:
+        given = captions if isinstance(captions, list) else [captions]
+        return [caption.encode("utf-8", "replace").decode() for caption in given if isinstance(caption, str)]
     return [text.decode("utf-8", "replace")] if text else []
 
 
@@ -223,9 +228,10 @@ def label_of(record: dict[str, Any], text: bytes | None) -> int:
     """Return the class of a sample from its json or its `.cls`, -1 where it has none."""
     label = record.get("label", text.decode("ascii", "replace") if text else None)
     try:
-        return int(label) if label is not None else -1
-    except (TypeError, ValueError):
+        number = int(label) if label is not None else -1
+    except (TypeError, ValueError, OverflowError):
         return -1
+    return number if -1 <= number < 2**63 else -1
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -233,6 +239,12 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
     for name, values in batch.items():
         if isinstance(values[0], np.ndarray):
+            other = next((i for i, value in enumerate(values) if value.shape != values[0].shape), None)
+            if other is not None:
+                raise DataError(
+                    f"{name} of sample {batch['keys'][other]} have shape {values[other].shape}, those of "
+                    f"{batch['keys'][0]} {values[0].shape}; run: python -m data verify"
+                )
             batch[name] = torch.from_numpy(np.stack(values))
     return batch | {"labels": torch.tensor(batch["labels"])}
 

@@ -14,13 +14,13 @@ import array
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.forms import parse_json
 from data.reading.tar_index import BLOCK, index_tar
 from data.schema import DataError, unwritable
 
@@ -196,7 +196,7 @@ class ShardReader:
         if content is None:
             return {}
         try:
-            parsed = json.loads(content)
+            parsed = parse_json(content)
         except ValueError as error:
             raise DataError(f"{self.key(sample)}.json is not JSON ({error}); run: python -m data verify") from error
         return parsed if isinstance(parsed, dict) else {}

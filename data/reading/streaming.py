@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import random
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, NoReturn
 
 import fsspec
 import torch
@@ -27,9 +26,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from data.forms import parse_json
 from data.pictures.transforms import to_unit_range
 from data.reading.datamodule import ImageDataModule
-from data.reading.datasets import as_is, captions_of, collate, decode_image, label_of
+from data.reading.datasets import as_is, collate, decode_image, described_by
+from data.reading.order import spread_rows
 from data.reading.urls import tar_urls
 from data.schema import DECODED_MEMBERS, IMAGE_MEMBERS, DataError
 
@@ -62,7 +63,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         self.urls, self.image_size, self.batch_size, self.steps = urls, image_size, batch_size, steps
         self.buffer, self.seed, self.rank, self.most_errors = buffer, seed, rank, most_errors
         self.epoch = -1
-        self.errors = 0
+        self.errors = self.read = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -87,7 +88,7 @@ class Stream(IterableDataset[dict[str, Any]]):
     def captions(self) -> Iterator[list[str]]:
         """Captions of one epoch's worth of samples, the same on every rank, without decoding pictures."""
         for sample in itertools.islice(self._pipeline(str(self.seed)), self.steps * self.batch_size):
-            yield captions_of(_record(sample), sample.get("txt"))
+            yield described_by(_record(sample), sample.get("txt"), None)["captions"]
 
     def _pipeline(self, seed: str, *stages: Any) -> webdataset.DataPipeline:
         return webdataset.DataPipeline(
@@ -95,16 +96,25 @@ class Stream(IterableDataset[dict[str, Any]]):
             self._open,
             functools.partial(tar_file_expander, handler=self._note, select_files=_is_read),
             functools.partial(group_by_keys, handler=self._note),
+            self._count,
             *stages,
         )
 
     def _open(self, shards: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for shard in shards:
+            before = self.read
             try:
                 with fsspec.open(shard["url"], "rb") as stream:
                     yield {**shard, "stream": stream}
+                if self.read == before:  # an endless stream of nothing would never end
+                    self._note(DataError(f"{shard['url']} holds no sample"))
             except OSError as error:
                 self._note(error)
+
+    def _count(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            self.read += 1
+            yield sample
 
     def _decode(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
@@ -112,13 +122,10 @@ class Stream(IterableDataset[dict[str, Any]]):
             try:
                 if member is None:
                     raise DataError(f"sample {sample['__key__']} of {sample['__url__']} has no picture")
-                record = _record(sample)
                 yield {
                     "images": decode_image(sample["__key__"], sample[member], self.image_size),
-                    "captions": captions_of(record, sample.get("txt")),
                     "keys": sample["__key__"],
-                    "labels": label_of(record, sample.get("cls")),
-                    "attributes": record.get("attributes") or {},
+                    **described_by(_record(sample), sample.get("txt"), sample.get("cls")),
                 }
             except ValueError as error:
                 self._note(error)
@@ -154,6 +161,8 @@ class StreamDataModule(LightningDataModule):
         num_workers: processes.
         seed: of the streams.
         most_errors: unreadable samples and shards per worker and epoch after which the run ends.
+        first_pictures: of the stream, read once and held in memory (3 S^2 bytes each), the same ones on every rank and
+            after every resume: what a linear path, the PCA of a report and its classifier know of training pictures.
     """
 
     def __init__(
@@ -167,17 +176,20 @@ class StreamDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         most_errors: int = 100,
+        first_pictures: int = 20_000,
     ) -> None:
         super().__init__()
-        if min(batch_size, steps_per_epoch, shuffle_buffer) < 1:
-            raise DataError("batch_size, steps_per_epoch and shuffle_buffer must be at least 1")
+        if min(batch_size, steps_per_epoch, shuffle_buffer, first_pictures) < 1:
+            raise DataError("batch_size, steps_per_epoch, shuffle_buffer and first_pictures must be at least 1")
         self.urls = tar_urls(tuple(train_urls))
         if not self.urls:
             raise DataError(f"no tar at {', '.join(train_urls)}; check train_urls")
         self.batch_size, self.image_size, self.steps_per_epoch = batch_size, image_size, steps_per_epoch
         self.shuffle_buffer, self.num_workers, self.seed = shuffle_buffer, num_workers, seed
-        self.most_errors = most_errors
+        self.most_errors, self.first_pictures = most_errors, first_pictures
+        self._first: dict[str, Any] | None = None
         self._val = ImageDataModule(val_dir, batch_size, image_size=image_size) if val_dir is not None else None
+        self.data_dir, self.val_batch_size = val_dir or "", batch_size
 
     def train_dataloader(self) -> StreamLoader:
         """An endless stream, cut into epochs of `steps_per_epoch`."""
@@ -190,14 +202,40 @@ class StreamDataModule(LightningDataModule):
             raise DataError(f"a stream has no split {split}, only train")
         yield from self._stream(0).captions()
 
-    def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
-        """As `ImageDataModule.arrays`, of `val_dir`. Raises DataError where there is none and for the stream itself."""
-        if self._val is None or split == "train":
-            raise DataError(f"a stream cannot be looked up, got split {split}; set val_dir, or live.every_n_steps=0")
-        return self._val.arrays(split, limit)
+    def split(self, split: str) -> Sized:
+        """Samples that can be looked up: those of `val_dir`, and of training the first ones of a stream."""
+        return self._held_out().split(split) if split != "train" else range(self.first_pictures)
 
-    def _stream(self, rank: int) -> Stream:
-        sizes = (self.image_size, self.batch_size, self.steps_per_epoch, self.shuffle_buffer)
+    def samples(self, split: str, rows: list[int]) -> dict[str, Any]:
+        """As `ImageDataModule.samples`; of train, of its first pictures. Raises DataError for val without `val_dir`."""
+        if split != "train":
+            return self._held_out().samples(split, rows)
+        if self._first is None:
+            self._first = self._read_first()
+        chosen: dict[str, Any] = {
+            n: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for n, v in self._first.items()
+        }
+        return {**chosen, "images": to_unit_range(chosen["images"])}
+
+    def arrays(self, split: str, limit: int | None = None) -> dict[str, Any]:
+        """As `ImageDataModule.arrays`; of train, of its first pictures."""
+        return self.samples(split, spread_rows(len(self.split(split)), limit))
+
+    def _read_first(self) -> dict[str, Any]:
+        """The first pictures of a stream of their own, as stored: uint8."""
+        steps = -(-self.first_pictures // self.batch_size)
+        batches = list(self._stream(0, steps))
+        fields = {name: [batch[name] for batch in batches] for name in batches[0]}
+        first = {n: torch.cat(v) if isinstance(v[0], Tensor) else list(itertools.chain(*v)) for n, v in fields.items()}
+        return {name: value[: self.first_pictures] for name, value in first.items()}
+
+    def _held_out(self) -> ImageDataModule:
+        if self._val is None:
+            raise DataError("a stream holds nothing out; set data.val_dir, or live.every_n_steps=0")
+        return self._val
+
+    def _stream(self, rank: int, steps: int | None = None) -> Stream:
+        sizes = (self.image_size, self.batch_size, steps or self.steps_per_epoch, self.shuffle_buffer)
         return Stream(self.urls, *sizes, self.seed, rank, self.most_errors)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -207,6 +245,17 @@ class StreamDataModule(LightningDataModule):
         self._val.trainer = self.trainer
         return self._val.val_dataloader()
 
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The val split, whole on every rank: reports read what they need by `samples`."""
+        return self._held_out().test_dataloader()
+
+    def predict_dataloader(self) -> NoReturn:
+        """Raises DataError: latents are made of every picture once, and a stream draws."""
+        raise DataError(
+            "a stream draws its pictures, and predict wants each of them once; name the folder of the tars instead: "
+            "--data.class_path data.reading.datamodule.ImageDataModule --data.data_dir DIR"
+        )
+
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
@@ -215,7 +264,10 @@ class StreamDataModule(LightningDataModule):
 
 
 def _record(sample: dict[str, Any]) -> dict[str, Any]:
-    record = json.loads(sample.get("json", b"{}"))
+    try:
+        record = parse_json(sample.get("json", b"{}"))
+    except ValueError as error:
+        raise DataError(f"{sample['__key__']}.json of {sample['__url__']} is not JSON ({error})") from error
     return record if isinstance(record, dict) else {}
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.forms import parse_json
 from data.schema import DataError, split_named
 
 NAME_COLUMNS = ("image", "file_name", "filename", "filepath", "image_path", "image_name", "path", "img", "name")
@@ -27,6 +27,7 @@ TEXT_COLUMNS = (
     *("caption", "captions", "text", "texts", "sentence", "sentences", "comment", "title", "raw", "description"),
 )
 _SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".token")
+_DEEPEST = 8
 _USUAL_NAMES = ("captions", "metadata", "results", "labels")
 _PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -94,7 +95,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _parse(text: str, path: Path) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}; is it truncated?") from error
 
@@ -152,7 +153,7 @@ def _from_json(content: Any, path: Path) -> Iterator[Item]:
     try:
         if "annotations" in content:  # COCO
             split = split_named(path.stem.removeprefix("captions_"))
-            by_id = {image["id"]: Item(image["file_name"], split=split) for image in content["images"]}
+            by_id = {image["id"]: Item("" + image["file_name"], split=split) for image in content["images"]}
             for annotation in content["annotations"]:
                 if annotation["image_id"] in by_id:
                     by_id[annotation["image_id"]].captions.append(str(annotation["caption"]).strip())
@@ -172,12 +173,15 @@ def _from_json(content: Any, path: Path) -> Iterator[Item]:
         yield Item(name, texts(captions))
 
 
-def texts(value: Any) -> list[str]:
-    """Return captions given as a string, a list of strings, or a list of objects with a `raw` text, as a list."""
-    if value is None:
+def texts(value: Any, depth: int = 0) -> list[str]:
+    """Return captions given as a string, a list of strings, or a list of objects with a `raw` text, as a list.
+
+    What is nested deeper than any format nests it is no caption.
+    """
+    if value is None or depth > _DEEPEST:
         return []
     if isinstance(value, list | tuple):
-        return [text for entry in value for text in texts(entry)]
+        return [text for entry in value for text in texts(entry, depth + 1)]
     if isinstance(value, dict):
-        return texts(value.get("raw", value.get("caption")))
+        return texts(value.get("raw", value.get("caption")), depth + 1)
     return [str(value).strip()]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.forms import parse_json
 from data.schema import DataError, Drop, Sample, Stretch, cut, split_named
 from data.sources.captions import TEXT_COLUMNS, texts
 
@@ -50,7 +50,9 @@ class Parquet:
             try:
                 metadata = parquet.read_metadata(path)
             except self.broken as error:
-                raise DataError(f"{path} is not a readable parquet file: {error}; is it truncated?") from error
+                raise DataError(
+                    f"{path} is not a readable parquet file: {one_line(error)}; is it truncated?"
+                ) from error
             schema = metadata.schema.to_arrow_schema()
             self._find_columns(path, schema.names)
             self.rows.append(metadata.num_rows)
@@ -87,17 +89,23 @@ class Parquet:
                             at = row
                             for batch in reader.iter_batches(64, [group], columns):
                                 for i in range(max(start - at, 0), min(stop - at, len(batch))):
-                                    values = {c: batch.column(c)[i].as_py() for c in columns}
-                                    yield self._sample(file, at + i - self.starts[file], values)
+                                    yield self._read_row(file, at + i - self.starts[file], batch.slice(i, 1))
                                 at += len(batch)
                         row += count
             except self.broken as error:
-                raise DataError(f"{path} does not read beyond row {row}: {error}; fetch it again") from error
+                raise DataError(f"{path} does not read beyond row {row}: {one_line(error)}; fetch it again") from error
             file += 1
 
-    def _sample(self, file: int, row: int, values: dict[str, Any]) -> Sample | Drop:
-        path = self.paths[file]
+    def _read_row(self, file: int, row: int, batch: Any) -> Sample | Drop:
+        """Read the one row of `batch`; text that is no UTF-8 and dates that Python does not have make it a drop."""
         key = f"{file:03d}{row:07d}"
+        try:
+            return self._sample(file, row, key, batch.to_pylist()[0])
+        except (ValueError, OverflowError, RecursionError) as error:
+            return Drop(key, "unreadable", f"row {row} of {self.paths[file].name}: {one_line(error)}"[:200])
+
+    def _sample(self, file: int, row: int, key: str, values: dict[str, Any]) -> Sample | Drop:
+        path = self.paths[file]
         data = self._bytes_of(values[self.image], path)
         if isinstance(data, str):
             return Drop(key, "missing", f"row {row} of {path.name}: {data}")
@@ -151,7 +159,11 @@ class Parquet:
     def _names_in(self, metadata: dict[bytes, bytes]) -> tuple[str, ...]:
         """Return the class names that the hub's schema metadata carries for the label column, or none."""
         try:
-            features = json.loads(metadata[b"huggingface"])["info"]["features"]
+            features = parse_json(metadata[b"huggingface"])["info"]["features"]
             return tuple(map(str, features[self.label]["names"]))
         except (KeyError, TypeError, ValueError):
             return ()
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -7,7 +7,6 @@ nothing is ever handed to a shell, and members are read by an allow-list of kind
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from data.forms import parse_json
 from data.reading.tar_index import split_member
 from data.reading.urls import is_remote, tar_urls
 from data.schema import SOURCE_MEMBERS, DataError, Drop, Sample, Stretch, clean_key, split_named
@@ -103,7 +103,7 @@ def _sample(key: str, members: dict[str, bytes], odd: list[str], split: str | No
     if not pictures:
         return Drop(clean, "no picture", "; ".join(odd)[:300] or f"members {sorted(members)}")
     try:
-        record = json.loads(members.get("json", b"{}"))
+        record = parse_json(members.get("json", b"{}"))
     except ValueError:
         record = {}
     record = record if isinstance(record, dict) else {}
@@ -128,7 +128,7 @@ def _sample(key: str, members: dict[str, bytes], odd: list[str], split: str | No
 def _label(value: Any) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return -1
 
 

@@ -88,10 +88,8 @@ class CaptionVocabulary(Spec, nn.Module):
         start and end alone. Tokens that are not in the vocabulary become one unknown token (counted in `unknown`, named
         in a warning the first time outside of training).
         """
-        if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-            raise ValueError(
-                f"got captions of type {type(captions).__name__} with non-string entries, wanted list[str]."
-            )
+        if not isinstance(captions, (list, tuple)) or not captions or not all(isinstance(c, str) for c in captions):
+            raise ValueError(f"got {captions!r:.40} for captions, wanted a list of at least one string.")
         length, table = self.context_length, self.table()
         out = torch.full((len(captions), length), PAD, dtype=torch.long)
         for row, caption in enumerate(captions):

@@ -8,6 +8,7 @@ Each callback does one of these things and can be read alone:
     NaNGuard        stops at the first non-finite loss, naming step, batch keys and loss parts; no NaN is ever saved
     Throughput      logs steps and samples per second, validation excluded
     SharedCores     says once that threads wait for cores that other programs keep busy, and what to do
+    CollapseWatch   says where a loss has gone back to where it began; SpikeSkip: leaves out steps whose loss jumps
     ExportAtEnd     the lit module's export, with averaged weights, replacing the old one only when complete
 """
 
@@ -35,14 +36,15 @@ class ConfiguredRates(pl.Callback):
 
     def __init__(self) -> None:
         self._options: list[list[dict[str, Any]]] = []
+        self._schedules: dict[int, Any] = {}  # by optimizer
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._options = [configured_options(optimizer) for optimizer in trainer.optimizers]  # before they are restored
+        self._schedules = {id(s.scheduler.optimizer): s.scheduler for s in trainer.lr_scheduler_configs}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        schedules = {id(s.scheduler.optimizer): s.scheduler for s in trainer.lr_scheduler_configs}
         for optimizer, options in zip(trainer.optimizers, self._options, strict=True):
-            restore_options(optimizer, options, schedules.get(id(optimizer)))
+            restore_options(optimizer, options, self._schedules.get(id(optimizer)))
 
 
 class NaNGuard(pl.Callback):

@@ -22,6 +22,7 @@ from stage1_tokenizer.training.checkpoint_file import replace_last, writing
 from stage1_tokenizer.training.ema import EMAWeights
 from stage1_tokenizer.training.run_folder import RunFolder
 
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")  # of a checkpoint
 AGREE_EVERY = 10  # batches between two looks at whether another rank was interrupted: each look waits for the device
 
 
@@ -54,6 +55,19 @@ class RunCheckpoint(Checkpoint):
         self._interrupted = self._agreed = False  # a stop was requested: on this rank, agreed by all ranks
         self._ended = False  # requested by SIGTERM or SIGUSR1
         self._previous_handlers: dict[int, Any] = {}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        lacks = [f"no {name}" for name in PARTS if name not in checkpoint]
+        if not lacks:
+            own = {"fit_loop": trainer.fit_loop.state_dict()}
+            lacks = [f"an odd {place}" for place in odd_counters(checkpoint["loops"], own)]
+        if lacks:
+            raise ValueError(
+                f"the checkpoint does not fit this configuration: it has {', '.join(lacks[:3])}; "
+                "give one that a fit has written"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = self._seen_step = trainer.global_step
@@ -123,6 +137,16 @@ class RunCheckpoint(Checkpoint):
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
+
+
+def odd_counters(stored: Any, own: Any, place: str = "loops") -> list[str]:
+    """Places where a stored state of loops has no whole number of at least 0 (or truth value) and the trainer's has."""
+    if isinstance(own, dict):
+        if not isinstance(stored, dict):
+            return [place]
+        return [odd for n in own.keys() & stored.keys() for odd in odd_counters(stored[n], own[n], f"{place}.{n}")]
+    counts = isinstance(own, (bool, int))
+    return [place] if counts and (type(stored) is not type(own) or not 0 <= stored < 2**62) else []
 
 
 class RandomStates(pl.Callback):

@@ -8,7 +8,7 @@ What differs from Lightning's own, each for a reason:
 * `resume` (auto or a path) replaces `ckpt_path`: it fails where there is nothing to resume, and what the config and the
   command line say holds on a resumed run (Lightning would put back the checkpoint's hyper-parameters).
 * validate, test and predict load the exported folder, never a checkpoint: what is measured is what is handed on.
-* `precision: auto` picks bfloat16 where the hardware multiplies it, and says so; float16 on a CPU is refused.
+* `precision: auto` picks bfloat16 where the hardware multiplies it, and says so; float16 is refused, with the reason.
 * `compile: true` compiles in place, so that the names of weights stay as they are.
 * `model` and `data` may name another class (class_path, init_args) and otherwise are the stage's own; a variant that
   trains or reads differently is an overlay that changes the class and keeps the arguments. Options: --model.help.
@@ -39,6 +39,7 @@ from stage1_tokenizer.training.ema import EMAWeights
 from stage1_tokenizer.training.launch import (
     Precision,
     UsageError,
+    check_strategy,
     compile_networks,
     keep_freed_memory,
     launched_by_another_rank,
@@ -47,12 +48,13 @@ from stage1_tokenizer.training.launch import (
     several_ranks,
 )
 from stage1_tokenizer.training.live import LivePage
+from stage1_tokenizer.training.loss_watch import CollapseWatch, SpikeSkip
 from stage1_tokenizer.training.metrics_file import MetricsFile
 from stage1_tokenizer.training.parser import ShortErrorParser
 from stage1_tokenizer.training.progress import StatusLine
 from stage1_tokenizer.training.run_folder import RunFolder
 from stage1_tokenizer.training.sizes import link_sizes
-from stage1_tokenizer.training.user_errors import sentence_of
+from stage1_tokenizer.training.user_errors import constructor_error, reason_of, sentence_of, while_restoring
 
 TRAINER_OPTIONS = (  # of Lightning's trainer; --help lists these, --help=all the others too
     *("accelerator", "devices", "num_nodes", "strategy", "max_steps", "max_epochs", "max_time", "val_check_interval"),
@@ -152,6 +154,7 @@ class UnspoolCLI(LightningCLI):
         parser.add_lightning_class_args(EMAWeights, "ema")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(NaNGuard, "nan_guard")
+        parser.add_lightning_class_args(SpikeSkip, "spike")
         parser.add_lightning_class_args(LivePage, "live")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -174,10 +177,18 @@ class UnspoolCLI(LightningCLI):
         elif self.subcommand == "fit" and self.option("resume") is not None:
             self.resume_path = self.folder.checkpoint_to_resume(self.option("resume"), overwrite=False)
 
+    def instantiate_classes(self) -> None:
+        """As Lightning's; an error of a constructor comes without what jsonargparse wraps around it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise constructor_error(error)  # noqa: B904
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.precision = resolve_precision(self.option("precision"), self.option("trainer.accelerator"))
         settings = {"precision": self.precision, "default_root_dir": str(self.folder.run_dir), **kwargs}
         strategy, several = self.option("trainer.strategy"), several_ranks(*map(self.option, RANK_OPTIONS))
+        check_strategy(strategy)
         if strategy == "ddp" or (strategy == "auto" and several):
             # text losses and discriminators run on some steps only and leave parameters unused on the others
             settings["strategy"] = "ddp_find_unused_parameters_true"
@@ -198,7 +209,8 @@ class UnspoolCLI(LightningCLI):
         return [MetricsFile(self.folder.metrics_file), *(logger for logger in others if logger not in (None, True))]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
-        always = [RandomStates(), ConfiguredRates(), Throughput(), SharedCores(), ExportAtEnd(), *self.callbacks]
+        always = [RandomStates(), ConfiguredRates(), Throughput(), SharedCores(), CollapseWatch(), ExportAtEnd()]
+        always += self.callbacks
         if config["enable_progress_bar"] is not False:
             always.append(StatusLine())
         return super()._instantiate_trainer(config, callbacks + always)
@@ -220,12 +232,11 @@ class UnspoolCLI(LightningCLI):
         self._announce(model)
         try:
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=self.resume_path, weights_only=True, **kwargs)
-        except RuntimeError as error:
-            if self.resume_path is None or "loading state_dict" not in str(error):
+        except Exception as error:
+            if self.resume_path is None or sentence_of(error) is not None or not while_restoring(error):
                 raise
-            detail = " ".join(line.strip() for line in str(error).splitlines()[1:3])
             raise UsageError(
-                f"checkpoint {self.resume_path} does not fit this configuration: {detail} Resume with the "
+                f"checkpoint {self.resume_path} does not fit this configuration: {reason_of(error)} Resume with the "
                 f"configuration that it was trained with ({self.folder.config_file}), or start over with "
                 "--overwrite true"
             ) from error

@@ -24,6 +24,10 @@ def find_config(name: str, stage: str) -> str:
     Raises ConfigError where there is no such file and no shipped config of that name.
     """
     if Path(name).is_file():
+        try:
+            Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name} is not UTF-8 text ({error}); expected a YAML file") from error
         return name
     known = shipped()
     bare = name.removeprefix("configs/").removesuffix(".yaml")

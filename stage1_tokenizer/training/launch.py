@@ -21,14 +21,32 @@ class UsageError(ValueError):
 def resolve_precision(precision: Precision, accelerator: str) -> str:
     """Lightning's name of the precision to use on `accelerator` ("auto", "cpu", "cuda", "gpu").
 
-    Raises UsageError for float16 on a CPU, which would run, slowly, and overflow.
+    Raises UsageError for float16.
     """
     cuda = accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
     if precision == "auto":
         return "bf16-mixed" if has_fast_bfloat16(torch.device("cuda" if cuda else "cpu")) else "32-true"
-    if precision == "16-mixed" and not cuda:
-        raise UsageError("got precision 16-mixed on a CPU; choose bf16-mixed, 32-true or auto")
+    if precision == "16-mixed":
+        raise UsageError(
+            "got precision 16-mixed: float16 overflows above 65,504, and the steps that its loss scale then leaves out "
+            "would count in schedule, average and checkpoints all the same; choose bf16-mixed, 32-true or auto"
+        )
     return precision
+
+
+def check_strategy(strategy: object) -> None:
+    """Raises UsageError for a strategy that shards weights (`trainer.strategy`: a name, or a class path and arguments).
+
+    Muon orthogonalises whole matrices, the average and the export are of whole weights; each would need a gather of its
+    own. DDP keeps 16 bytes of each weight on a card, 20 where AdamW has it (weight, gradient, momentum or two moments,
+    average): 10 GB for the largest config here. Sharding begins to pay at some 4 B weights on cards of 80 GB.
+    """
+    if any(name in str(strategy).lower() for name in ("fsdp", "deepspeed", "modelparallel", "model_parallel")):
+        raise UsageError(
+            f"got trainer.strategy={strategy!s:.60}, which shards weights, wanted ddp: Muon, average and export are "
+            "of whole matrices. A weight takes 16 to 20 bytes of a card; for activations lower data.batch_size and "
+            "raise trainer.accumulate_grad_batches"
+        )
 
 
 def several_ranks(devices: list[int] | str | int, nodes: int, accelerator: str) -> bool:

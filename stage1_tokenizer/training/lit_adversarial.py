@@ -57,11 +57,6 @@ class LitAdversarial(LitTokenizer):
         self.automatic_optimization = False
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and str(self.trainer.precision) == "16-mixed":
-            raise OptionError(
-                "got precision 16-mixed with a discriminator, wanted bf16-mixed or 32-true: its own optimiser step "
-                "would use gradients that are still multiplied by the loss scale of float16."
-            )
         self.added = 0
         super().setup(stage)
 

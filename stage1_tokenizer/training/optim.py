@@ -101,10 +101,13 @@ def restore_options(
     torch stores rates and weight decays in the states of optimizers and schedules, so that loading one undoes what a
     resumed fit was configured with. Where nothing was changed, this changes nothing, to the last bit.
     """
+    if schedule is not None:
+        if type(schedule.last_epoch) is not int or type(schedule._step_count) is not int:
+            raise TypeError(f"the schedule's step is {schedule.last_epoch!r:.40}")
+        schedule.optimizer, schedule.base_lrs = optimizer, [configured["lr"] for configured in options]
     for index, (group, configured) in enumerate(zip(optimizer.param_groups, options, strict=True)):
         group.update(configured)
         if schedule is not None:
-            schedule.base_lrs[index] = configured["lr"]
             group["lr"] = configured["lr"] * schedule.lr_lambdas[index](schedule.last_epoch)
 
 
@@ -188,6 +191,21 @@ class MuonAdamW(torch.optim.Optimizer):
             if params:
                 (self._step_muon if group["group"] == "matrix" else self._step_adamw)(group, params)
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Raises ValueError where what is stored of a parameter is not of its shape."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            wanted = {"momentum"} if group["group"] == "matrix" else {"step", "exp_avg", "exp_avg_sq"}
+            for p in group["params"]:
+                state = self.state[p]
+                shapes = {name: getattr(value, "shape", None) for name, value in state.items()}
+                right = {name: torch.Size() if name == "step" else p.shape for name in wanted}
+                if state and shapes != right:
+                    raise ValueError(
+                        "the optimiser's state does not fit this configuration: that of a parameter of shape "
+                        f"{tuple(p.shape)} has {shapes}."
+                    )
 
     def _clip(self, grads: list[Tensor]) -> None:
         """Scale `grads` in place so that their common norm is at most `adamw_clip`, without reading it on the host."""

@@ -90,8 +90,9 @@ class RunFolder:
             for file in (self.metrics_file, self.run_file):
                 file.unlink(missing_ok=True)
         self.stage_dir.mkdir(parents=True, exist_ok=True)
-        for torn in self.checkpoint_dir.glob("*.part"):
-            torn.unlink()
+        for folder in (self.checkpoint_dir, self.stage_dir, self.run_dir):  # of a fit that was killed
+            for torn in folder.glob("*.part"):
+                torn.unlink(missing_ok=True)
         write_atomically(self.config_file, config_yaml)
         fits = json.loads(self.run_file.read_text())["fits"] if self.run_file.is_file() else []
         fits.append({**describe_process(), "seed": seed, "resumed_from": None if resumed is None else str(resumed)})

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data.reading.datamodule import ImageDataModule
 from data.reading.streaming import StreamDataModule
 from data.schema import DataError
 from data.sources.open import SourceConfig
+from stage1_tokenizer.evaluation.picture_data import draw_training
 from tests.data_samples import encoded, foreign, photo, prepared, samples_in, tar_of
 
 
@@ -70,3 +73,30 @@ def test_a_stream_validates_on_an_indexed_directory(tmp_path: Path) -> None:
     data = stream(foreign(tmp_path / "tars"), val_dir=str(scenes))
     wanted = [key for split, key, _ in samples_in(scenes) if split == "val"]
     assert keys_of(data.val_dataloader()) == wanted
+
+
+def test_the_first_pictures_of_a_stream_are_the_same_ones_whoever_reads_them(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    data, other = stream(tmp_path, first_pictures=12), stream(tmp_path, first_pictures=12)
+    keys_of(other.train_dataloader())  # a pass of training changes nothing
+    first = draw_training(data, 100, seed=0)
+    assert first["images"].shape == (12, 3, 16, 16) and first["images"].std() > 0.05
+    assert len(data.split("train")) == 12 == len(first["captions"]) and len(set(first["keys"])) > 6
+    again = draw_training(other, 100, seed=0)
+    assert first["keys"] == again["keys"] and torch.equal(first["images"], again["images"])
+    assert draw_training(other, 100, seed=1)["keys"] != first["keys"]
+    assert data.samples("train", [3, 1])["keys"] == [data.arrays("train")["keys"][i] for i in (3, 1)]
+    with pytest.raises(DataError, match="set data.val_dir"):
+        data.samples("val", [0])
+    with pytest.raises(DataError, match="wants each of them once"):
+        data.predict_dataloader()
+
+
+def test_a_report_takes_held_out_pictures_of_the_directory(tmp_path: Path) -> None:
+    scenes = tmp_path / "scenes"
+    prepared(SourceConfig("scenes", num=20, size=16, seed=4), scenes, shard_size=15)
+    data = stream(foreign(tmp_path / "tars"), val_dir=str(scenes), first_pictures=5)
+    indexed = ImageDataModule(str(scenes), 5, image_size=16)
+    assert data.data_dir == str(scenes) and len(data.split("val")) == len(indexed.split("val"))
+    assert torch.equal(data.samples("val", [1, 0])["images"], indexed.samples("val", [1, 0])["images"])
+    assert keys_of(data.test_dataloader()) == keys_of(indexed.test_dataloader())

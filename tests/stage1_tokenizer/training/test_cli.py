@@ -41,6 +41,7 @@ def test_evaluating_without_an_export_is_one_sentence(tmp_path: Path, capsys: py
         (["--model.width=abc"], "abc"),
         (["--trainer.precision=32-true"], "top-level option precision"),
         (["--precision=bf16-true"], "bf16-mixed"),
+        (["--trainer.strategy=fsdp"], "which shards weights, wanted ddp"),
         (["--resume=nowhere.ckpt"], "nowhere.ckpt, which is no file"),
         (["--resume=auto", "--overwrite=true"], "choose one"),
     ],
@@ -152,8 +153,9 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(launch, "has_fast_bfloat16", lambda device: False)
     assert resolve_precision("auto", "cpu") == "32-true"
     assert resolve_precision("bf16-mixed", "cpu") == "bf16-mixed"
-    with pytest.raises(UsageError, match="16-mixed on a CPU"):
-        resolve_precision("16-mixed", "cpu")
+    for accelerator in ("cpu", "cuda"):
+        with pytest.raises(UsageError, match=r"float16 overflows above 65,504.*choose bf16-mixed"):
+            resolve_precision("16-mixed", accelerator)
 
 
 def test_compiling_keeps_names_and_results_and_does_compile() -> None:

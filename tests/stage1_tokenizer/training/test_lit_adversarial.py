@@ -153,18 +153,6 @@ def test_a_fit_that_only_time_ends_keeps_its_rate(tmp_path: Path) -> None:
     assert rates["plain"] == 1e-3
 
 
-def test_float16_is_refused_with_a_discriminator(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    monkeypatch.setattr(pl.Trainer, "precision", "16-mixed")  # a CPU would not have it
-    plain = LitTokenizer(tiny_tokenizer(text=False))
-    plain.trainer = trainer
-    plain.setup("fit")
-    lit = LitAdversarial(tiny_tokenizer(text=False), AdversarialLoss(PatchDiscriminator(8, 2)))
-    lit.trainer = trainer
-    with pytest.raises(ValueError, match=r"16-mixed with a discriminator, wanted bf16-mixed"):
-        lit.setup("fit")
-
-
 def test_image_losses_of_one_class_all_count(tmp_path: Path) -> None:
     batch = batches_of(4)[:1]
 
