@@ -26,7 +26,7 @@ from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage2_prior.conditions import Condition, TrainingData
 from stage2_prior.guidance import ALWAYS, Guidance
 from stage2_prior.heads.solvers import Solver
-from stage2_prior.latent_space import LatentSpace, PriorError, SpaceBound, load_space
+from stage2_prior.latent_space import LatentSpace, PriorError, SpaceBound, check_steps, load_space
 from stage2_prior.request import Request, States, Text
 
 __all__ = ["LatentSpace", "Prior", "PriorError", "Request", "Text", "load_space"]
@@ -112,12 +112,10 @@ class Prior(Spec, SpaceBound):
         steps: of the ODE solver, whose error `likelihood` describes. Raises PriorError where a prior has no density.
         """
         z, text = self.check_latents(z), self.encode_text(captions)
-        if len(z) != len(captions) or not is_count(steps) or steps < 1:
-            raise PriorError(
-                f"got {len(z)} lines, {len(captions)} captions, steps={steps!r:.40}; wanted as many, and 1."
-            )
+        if len(z) != len(captions):
+            raise PriorError(f"got {len(z)} lines of latents and {len(captions)} captions, wanted as many of each.")
         with self.autocast():
-            return self.score(z, text, steps)
+            return self.score(z, text, check_steps(steps))
 
     def score(self, z: Tensor, text: Text, steps: int) -> Tensor:
         """`log_prob` of checked lines (B,K,C) -> (B,K)."""
@@ -250,10 +248,9 @@ class Prior(Spec, SpaceBound):
     def negative_text(self, captions: list[str], negative: str | list[str], scales: list[float]) -> tuple[Text, Text]:
         """Captions and negative ones as rows of one length, (B,L) each. Raises PriorError as `guided_text`."""
         others = [negative] * len(captions) if isinstance(negative, str) else negative
-        if not isinstance(others, (list, tuple)):
-            raise PriorError(f"got negative={negative!r:.40}, wanted a caption, or a list of one for each caption.")
-        if len(others) != len(captions):
-            raise PriorError(f"got {len(others)} negative captions for {len(captions)}, wanted one, or one for each.")
+        count = len(others) if isinstance(others, (list, tuple)) else repr(others)
+        if count != len(captions):
+            raise PriorError(f"got {count} negative captions for {len(captions)}, wanted one, or one for each.")
         if self.words.constant:
             raise PriorError(f"got negative={negative!r:.40} for a prior that reads no captions; leave it out.")
         if all(w == 1 for w in scales):

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.agreement import is_count
 from stage1_tokenizer.export import load_module
 
 FINGERPRINT_LENGTH = 16
@@ -20,6 +21,13 @@ FINGERPRINT_LENGTH = 16
 
 class PriorError(ValueError):
     """Latents, captions or options that this prior cannot work with."""
+
+
+def check_steps(steps: int) -> int:
+    """steps, if a solver can take so many. Raises PriorError."""
+    if not is_count(steps) or steps < 1:
+        raise PriorError(f"got steps={steps!r:.40}, wanted a whole number of at least 1.")
+    return steps
 
 
 @runtime_checkable
