@@ -4,7 +4,8 @@
     python -m stage2_prior showcase --table README.md --runs scenes runs/demo emoji runs/emoji64
 
 Above: held-out pictures from their first k latents, the original last, with their captions.
-Below: pictures that the prior draws for held-out captions. Rows are spread over the held-out split and never chosen.
+Below: pictures that the prior draws for held-out captions; of a run without a prior the ladder alone. Rows are spread
+over the held-out split and never chosen.
 Where the pictures have a licence that asks for it, the manifest's attribution is written underneath.
 
 The table stands between two marks in the file and is replaced as a whole; every figure comes from a report's
@@ -26,6 +27,7 @@ from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.evaluation.provenance import attribution
 from stage2_prior.base import Prior
+from stage2_prior.pipeline import Pipeline
 
 ROWS = 5  # held-out pictures of the ladder, and as many captions twice over to draw for
 SEED = 0
@@ -47,22 +49,17 @@ def pixels(images: Tensor) -> Any:
 
 
 @torch.no_grad()
-def showcase(tokenizer: Tokenizer, prior: Prior, data: ImageDataModule, guidance: float = 2.0) -> Figure:
+def showcase(tokenizer: Tokenizer, prior: Prior | None, data: ImageDataModule, guidance: float = 2.0) -> Figure:
     """The picture of a run: prefix ladder and drawn pictures, see the module's docstring."""
-    prior.check(tokenizer)
     held = data.arrays("val", 3 * ROWS)
     captions = [max(texts, key=len, default="") for texts in held["captions"]]
     images, lengths = held["images"][:ROWS], doubling(tokenizer.num_latents)
     z = tokenizer.encode(images)
     ladder = [pixels(tokenizer.decode(z[:, :k])) for k in lengths] + [pixels(images)]
-    asked = [caption for caption in captions[ROWS:] if caption.strip()][: 2 * ROWS]
-    drawn = prior.sample(asked, guidance=guidance, generator=torch.Generator().manual_seed(SEED))
-    drawings = pixels(tokenizer.decode(drawn))
-
-    columns = len(ladder)
-    figure = Figure(figsize=(1.25 * columns, 1.45 * ROWS + 4.4), dpi=110, facecolor="white")
+    columns, below = len(ladder), 0.3 if prior is None else 4.4  # inches
+    figure = Figure(figsize=(1.25 * columns, 1.45 * ROWS + below), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    halves: Any = figure.subfigures(2, 1, height_ratios=[1.45 * ROWS, 4.0], hspace=0.0)
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.45 * ROWS, below], hspace=0.0)
     upper, lower = halves
     titles = [f"{k} latent{'s' * (k > 1)}" for k in lengths] + ["original"]
     grid = upper.subplots(
@@ -74,18 +71,26 @@ def showcase(tokenizer: Tokenizer, prior: Prior, data: ImageDataModule, guidance
         for column, axis in enumerate(axes):
             show(axis, ladder[column][row], titles[column] if row == 0 else "")
         axes[0].text(0, -0.05, captions[row][:110], transform=axes[0].transAxes, va="top", fontsize=8, style="italic")
-    grid = lower.subplots(
+    if prior is not None:
+        asked = [caption for caption in captions[ROWS:] if caption.strip()][: 2 * ROWS]
+        draw(lower, Pipeline(prior, tokenizer), asked, guidance)
+    lower.text(0.01, 0.01, attribution(data.data_dir), fontsize=6, color="#5d6675")
+    return figure
+
+
+def draw(part: Any, pipeline: Pipeline, captions: list[str], guidance: float) -> None:
+    """What is drawn for captions, in two rows of a part of the figure, each above its caption."""
+    drawings = pixels(pipeline.generate(captions, generator=torch.Generator().manual_seed(SEED), guidance=guidance))
+    grid = part.subplots(
         2, ROWS, gridspec_kw={"hspace": 0.5, "wspace": 0.1, "top": 0.9, "bottom": 0.14, "left": 0.04, "right": 0.98}
     )
-    lower.suptitle(f"drawn from held-out captions, guidance {guidance:g}, not chosen", fontsize=10)
+    part.suptitle(f"drawn from held-out captions, guidance {guidance:g}, not chosen", fontsize=10)
     for axis in grid.flat:
         axis.axis("off")
-    for axis, picture, caption in zip(grid.flat, drawings, asked, strict=False):
+    for axis, picture, caption in zip(grid.flat, drawings, captions, strict=False):
         show(axis, picture, "")
         label = "\n".join(textwrap.wrap(caption, 27)[:4])
         axis.text(0.5, -0.05, label, transform=axis.transAxes, va="top", ha="center", fontsize=7, style="italic")
-    lower.text(0.01, 0.01, attribution(data.data_dir), fontsize=6, color="#5d6675")
-    return figure
 
 
 def show(axis: Any, picture: Any, title: str) -> None:
@@ -95,14 +100,23 @@ def show(axis: Any, picture: Any, title: str) -> None:
 
 
 def results_table(runs: dict[str, Path]) -> str:
-    """Markdown table of the headline figures of runs by name. Raises ShowcaseError where a report is missing."""
+    """Markdown table of the headline figures of runs by name; of a run without a prior those of its tokenizer.
+
+    Raises ShowcaseError where a report is missing.
+    """
     rows = ["| figure | value | commit, day |", "|---|---|---|"]
     for name, run in runs.items():
-        reconstruction, generation = (read(run / kind / "metrics.json") for kind in ("reconstruction", "generation"))
+        reconstruction = read(run / "reconstruction" / "metrics.json")
+        report = run / "generation" / "metrics.json"
+        generation = read(report) if report.exists() or has_prior(run) else {}
         facts = reconstruction["provenance"]
         made = f"{facts['commit'][:8]}, {facts['date'][:10]}"
         rows += [f"| {name}: {figure} | {value} | {made} |" for figure, value in headlines(reconstruction, generation)]
     return "\n".join(rows)
+
+
+def has_prior(run: Path) -> bool:
+    return (run / "prior").exists()
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -134,6 +148,8 @@ def headlines(reconstruction: dict[str, Any], generation: dict[str, Any]) -> lis
             unseen = groups.get("unseen combination")
             note = "" if unseen is None else f" ({unseen:.3f} of combinations never seen)"
             rows.append((f"captions drawn right, guidance {float(scale):g}", f"{groups['all']:.3f}{note}"))
+    if not generation:
+        return rows
     distances = generation["distances"]
     drawn = ", ".join(f"{distances['generated_real'][scale]:.1f}" for scale in ("1.0", "2.0"))
     rows.append(
@@ -166,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.run_dir is not None:
         tokenizer = Tokenizer.from_pretrained(options.run_dir / "tokenizer")
-        prior = Prior.from_pretrained(options.run_dir / "prior")
+        prior = Prior.from_pretrained(options.run_dir / "prior") if has_prior(options.run_dir) else None
         data = ImageDataModule(str(options.run_dir / "data"), image_size=tokenizer.image_size)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         showcase(tokenizer, prior, data, options.guidance).savefig(options.out)

@@ -39,6 +39,21 @@ def test_the_picture_is_the_same_every_time_and_has_ink(run: Path, tmp_path: Pat
     assert (pixels < 250).float().mean() > 0.2
 
 
+def test_a_run_without_a_prior_shows_its_ladder(run: Path, tmp_path: Path) -> None:
+    for name in ("data", "tokenizer"):
+        (tmp_path / name).symlink_to(run / name)
+    assert main(["--run_dir", str(tmp_path), "--out", str(tmp_path / "ladder.png")]) == 0
+    main(["--run_dir", str(run), "--out", str(tmp_path / "both.png")])
+    with Image.open(tmp_path / "ladder.png") as ladder, Image.open(tmp_path / "both.png") as both:
+        assert ladder.width == both.width and ladder.height < 0.7 * both.height
+        top = (0, 0, both.width, ladder.height // 2)
+        assert ladder.crop(top).getextrema() == both.crop(top).getextrema()
+    reconstruction, _ = figures()
+    (tmp_path / "reconstruction").mkdir()
+    (tmp_path / "reconstruction" / "metrics.json").write_text(json.dumps(reconstruction))
+    assert results_table({"emoji": tmp_path}).count("\n") == 3, "two rows of the tokenizer under the head"
+
+
 def test_prefixes_double_and_end_with_all() -> None:
     assert [doubling(k) for k in (1, 2, 6, 8, 24)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8], [1, 2, 4, 8, 16, 24]]
 
