@@ -125,7 +125,8 @@ def test_a_convolutional_network_is_a_trunk_at_a_size_of_its_own() -> None:
     torch.manual_seed(2)
     trunk = TimmTrunk("tf_efficientnet_lite0", 32, checkpoint="installed", frozen=True, side=64, width=24).eval()
     images = pictures(2, 32)
-    maps = lite0().forward_features(resized(images, 64))  # (2,1280,2,2), pictures in [-1, 1] as they are
+    network: Any = lite0()
+    maps = network.forward_features(resized(images, 64))  # (2,1280,2,2), pictures in [-1, 1] as they are
     features = trunk.model.forward_features(resized(images, 64))
     torch.testing.assert_close(features, maps, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(trunk(images), trunk.out(maps.flatten(2).transpose(1, 2)), atol=1e-4, rtol=1e-3)
