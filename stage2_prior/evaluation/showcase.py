@@ -56,7 +56,8 @@ def showcase(tokenizer: Tokenizer, prior: Prior | None, data: ImageDataModule, g
     images, lengths = held["images"][:ROWS], doubling(tokenizer.num_latents)
     z = tokenizer.encode(images)
     ladder = [pixels(tokenizer.decode(z[:, :k])) for k in lengths] + [pixels(images)]
-    columns, below = len(ladder), 0.3 if prior is None else 4.4  # inches
+    credit = attribution(data.data_dir)
+    columns, below = len(ladder), 0.3 if prior is None else 4.7 if credit else 4.4  # inches
     figure = Figure(figsize=(1.25 * columns, 1.45 * ROWS + below), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
     halves: Any = figure.subfigures(2, 1, height_ratios=[1.45 * ROWS, below], hspace=0.0)
@@ -73,16 +74,16 @@ def showcase(tokenizer: Tokenizer, prior: Prior | None, data: ImageDataModule, g
         axes[0].text(0, -0.05, captions[row][:110], transform=axes[0].transAxes, va="top", fontsize=8, style="italic")
     if prior is not None:
         asked = [caption for caption in captions[ROWS:] if caption.strip()][: 2 * ROWS]
-        draw(lower, Pipeline(prior, tokenizer), asked, guidance)
-    lower.text(0.01, 0.01, attribution(data.data_dir), fontsize=6, color="#5d6675")
+        draw(lower, Pipeline(prior, tokenizer), asked, guidance, bottom=0.2 if credit else 0.14)
+    lower.text(0.01, 0.01, credit, fontsize=6, color="#5d6675")
     return figure
 
 
-def draw(part: Any, pipeline: Pipeline, captions: list[str], guidance: float) -> None:
-    """What is drawn for captions, in two rows of a part of the figure, each above its caption."""
+def draw(part: Any, pipeline: Pipeline, captions: list[str], guidance: float, bottom: float) -> None:
+    """What is drawn for captions, in two rows of a part of the figure above `bottom`, each above its caption."""
     drawings = pixels(pipeline.generate(captions, generator=torch.Generator().manual_seed(SEED), guidance=guidance))
     grid = part.subplots(
-        2, ROWS, gridspec_kw={"hspace": 0.5, "wspace": 0.1, "top": 0.9, "bottom": 0.14, "left": 0.04, "right": 0.98}
+        2, ROWS, gridspec_kw={"hspace": 0.5, "wspace": 0.1, "top": 0.9, "bottom": bottom, "left": 0.04, "right": 0.98}
     )
     part.suptitle(f"drawn from held-out captions, guidance {guidance:g}, not chosen", fontsize=10)
     for axis in grid.flat:
