@@ -141,7 +141,10 @@ def headlines(reconstruction: dict[str, Any], generation: dict[str, Any]) -> lis
         name, kind = max(kinds.items(), key=lambda item: item[1]["distinct"])  # of scenes the long caption
         first = kind["recall"][shown[0]]["1"]
         rows.append(
-            (f"{name} caption found among {reconstruction['retrieval']['n']} from the first latent", f"{first:.3f}")
+            (
+                f"{name if 'caption' in name else name + ' caption'} found among {reconstruction['retrieval']['n']} from the first latent",
+                f"{first:.3f}",
+            )
         )
     for scale in ("1.0", "2.0"):
         groups = generation.get("faithfulness", {}).get(scale, {})
