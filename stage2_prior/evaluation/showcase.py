@@ -139,13 +139,9 @@ def headlines(reconstruction: dict[str, Any], generation: dict[str, Any]) -> lis
     kinds = {name: kind for name, kind in reconstruction.get("retrieval", {}).items() if name != "n"}
     if kinds:
         name, kind = max(kinds.items(), key=lambda item: item[1]["distinct"])  # of scenes the long caption
-        first = kind["recall"][shown[0]]["1"]
-        rows.append(
-            (
-                f"{name if 'caption' in name else name + ' caption'} found among {reconstruction['retrieval']['n']} from the first latent",
-                f"{first:.3f}",
-            )
-        )
+        first, name = kind["recall"][shown[0]]["1"], name if "caption" in name else f"{name} caption"
+        number = reconstruction["retrieval"]["n"]
+        rows.append((f"{name} found among {number} from the first latent", f"{first:.3f}"))
     for scale in ("1.0", "2.0"):
         groups = generation.get("faithfulness", {}).get(scale, {})
         if "all" in groups:
