@@ -1,6 +1,7 @@
 """What `python -m` of a stage answers before it loads torch and Lightning: its commands, and to a word that is none."""
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping
 
@@ -17,8 +18,18 @@ def answered(prog: str, word: str, purposes: Mapping[str, str]) -> int | None:
         print(*head, *lines, *tail, sep="\n")
         return 0 if word else 2
     if word in purposes or word.startswith("-"):
+        let_threads_sleep()
         return None
     near = difflib.get_close_matches(word, purposes, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(purposes)}"
     sys.stderr.write(f"error: {prog} has no command {word}; {hint}\n")
     return 2
+
+
+def let_threads_sleep() -> None:
+    """Threads of a product that have nothing to do sleep, instead of spinning for the core that another one waits for.
+
+    OpenMP's default is to spin, which is ruinous beside other work (LOG, 2026-11-27). Read when torch is imported; what
+    the environment says already is kept.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

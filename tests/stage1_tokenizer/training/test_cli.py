@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from stage1_tokenizer.commands import answered
 from stage1_tokenizer.training import launch
 from stage1_tokenizer.training.cli import UnspoolCLI, run_cli
 from stage1_tokenizer.training.launch import (
@@ -83,6 +84,13 @@ def test_misspelt_keys_of_a_config_are_answered_too(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         run(tmp_path, "--nothing.like.it=3")
     assert "did you mean" not in capsys.readouterr().err
+
+
+def test_threads_of_a_command_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, wanted in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setattr(os, "environ", {} if given is None else {"OMP_WAIT_POLICY": given})
+        assert answered("prog", "fit", {"fit": "train"}) is None
+        assert os.environ["OMP_WAIT_POLICY"] == wanted
 
 
 @pytest.mark.parametrize("stage", ["stage1_tokenizer", "stage2_prior"])
