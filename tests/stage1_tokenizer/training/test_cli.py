@@ -1,6 +1,7 @@
 """The command line: short errors, overlays, classes by path, precision, compilation."""
 
 import importlib
+import os
 import resource
 import subprocess
 import sys
