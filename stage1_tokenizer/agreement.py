@@ -48,7 +48,7 @@ def check_images(images: Tensor, size: int, look: bool) -> Tensor:
     also finite and in [-1, 1], which waits for the device."""
     if not isinstance(images, Tensor):
         raise ValueError(f"got images as {type(images).__name__}, wanted a tensor (B, 3, {size}, {size}).")
-    if images.ndim != 4 or images.shape[1:] != (3, size, size) or len(images) == 0:
+    if images.ndim != 4 or images.shape[1:] != (3, size, size) or images.shape[0] == 0:
         raise ValueError(f"got images of shape {tuple(images.shape)}, wanted (B, 3, {size}, {size}); resize them.")
     if not images.is_floating_point():
         raise ValueError(f"got images of dtype {images.dtype}, wanted float in [-1, 1]; use x / 127.5 - 1.")
@@ -63,7 +63,7 @@ def check_latents(z: Tensor, latent_dim: int) -> Tensor:
     """The latents in float32. Raises ValueError unless they are (B,k,latent_dim), B >= 1, and floating point."""
     if not isinstance(z, Tensor):
         raise ValueError(f"got latents as {type(z).__name__}, wanted a tensor (B, k, {latent_dim}).")
-    if z.ndim != 3 or z.shape[-1] != latent_dim or len(z) == 0 or not z.is_floating_point():
+    if z.ndim != 3 or z.shape[-1] != latent_dim or z.shape[0] == 0 or not z.is_floating_point():
         raise ValueError(f"got {z.dtype} latents of shape {tuple(z.shape)}, wanted (B, k, {latent_dim}) of floats.")
     return z.float()
 

@@ -61,7 +61,7 @@ def test_captions_of_a_stream_are_those_of_its_samples_on_every_rank(tmp_path: P
     captions = list(data.captions("train"))
     assert len(captions) == 40 and captions == list(data.captions("train"))
     loader = data.train_dataloader()
-    read = {f"text {key}" for _ in range(6) for key in keys_of(loader)}
+    read = {f"text {key}" for _ in range(20) for key in keys_of(loader)}
     assert {text for texts in captions for text in texts} <= read and len(read) == 40
     with pytest.raises(DataError, match="no split val"):
         next(data.captions("val"))
