@@ -15,7 +15,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from data.forms import parse_json
 from stage1_tokenizer.spec import TRUSTED, SpecError, build
@@ -89,7 +88,6 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
         try:
             with (
                 torch.device("meta"),
-                NothingDrawn(),
                 at_most(limit, LEAST_PARTS + 10 * len(wanted)),
             ):  # nothing is allocated: a config may name any size
                 check_fit(folder, cls, build(config, trusted), wanted)
@@ -105,16 +103,6 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
     if (folder / CARD).is_file():
         module.loaded_card = (folder / CARD).read_text("utf-8", "replace")  # type: ignore[assignment]
     return module.eval()
-
-
-class NothingDrawn(TorchFunctionMode):
-    """Leaves normal draws out: on the meta device they do nothing, and torch imports its compiler for them (1 s)."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (nn.init.normal_, Tensor.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def of_another_library(error: BaseException | None) -> bool:
