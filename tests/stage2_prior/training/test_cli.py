@@ -276,9 +276,12 @@ def test_flipped_pictures_are_other_samples(run_dir: Path, tmp_path: Path, monke
     plain = ["--precision=32-true", "--trainer.max_steps=2"]
     straight, flipped = copied(run_dir, tmp_path / "straight"), copied(run_dir, tmp_path / "flipped")
     looked: list[bool] = []
-    monkeypatch.setattr(
-        "stage1_tokenizer.tokenizer.check_images", lambda images, size, look: looked.append(look) or images
-    )
+
+    def check(images: torch.Tensor, size: int, look: bool) -> torch.Tensor:
+        looked.append(look)
+        return images
+
+    monkeypatch.setattr("stage1_tokenizer.tokenizer.check_images", check)
     from_pictures("fit", straight, *plain)
     from_pictures("fit", flipped, *plain, "--data.flip=1.0")
     assert looked and not any(looked)  # a look at the values waits for a GPU in every step
