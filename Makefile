@@ -32,27 +32,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Latents of 5 floats: with 16, the first one holds nearly the whole picture and there is little left to unroll.
 DEMO_1 = --config configs/stage1/demo.yaml --config configs/variants/narrow_latents.yaml
 DEMO_2 = --config configs/stage2/demo.yaml --config configs/variants/prior_narrow_latents.yaml
+define both
+	python -m stage1_tokenizer fit $(1) --overwrite true
+	python -m stage1_tokenizer test $(1)
+	python -m stage1_tokenizer predict $(1)
+	python -m stage2_prior fit $(2) --overwrite true
+	python -m stage2_prior test $(2)
+	python -m stage2_prior showcase --run_dir $(3) --out $(3)/showcase.png
+endef
 demo: setup
 	python -m data prepare --source scenes --num 40000 --seed 0 --out runs/demo/data
-	python -m stage1_tokenizer fit $(DEMO_1) --overwrite true
-	python -m stage1_tokenizer test $(DEMO_1)
-	python -m stage1_tokenizer predict $(DEMO_1)
-	python -m stage2_prior fit $(DEMO_2) --overwrite true
-	python -m stage2_prior test $(DEMO_2)
-	python -m stage2_prior showcase --run_dir runs/demo --out runs/demo/showcase.png
+	$(call both,$(DEMO_1),$(DEMO_2),runs/demo)
 
 # OpenMoji's drawings and the names of the package emoji come with `make setup`. STYLES: unpacked npm packages with other
 # drawings of the same emoji (data/sources/emoji.py); the README's picture has all three.
-EMOJI_1 = --config configs/stage1/emoji64.yaml
-EMOJI_2 = --config configs/stage2/emoji64.yaml
 emoji: setup
 	python -m data prepare --source emoji $(if $(STYLES),--path $(STYLES)) --languages en zh --size 64 --out runs/emoji64/data
-	python -m stage1_tokenizer fit $(EMOJI_1) --overwrite true
-	python -m stage1_tokenizer test $(EMOJI_1)
-	python -m stage1_tokenizer predict $(EMOJI_1)
-	python -m stage2_prior fit $(EMOJI_2) --overwrite true
-	python -m stage2_prior test $(EMOJI_2)
-	python -m stage2_prior showcase --run_dir runs/emoji64 --out runs/emoji64/showcase.png
+	$(call both,--config configs/stage1/emoji64.yaml,--config configs/stage2/emoji64.yaml,runs/emoji64)
 
 RUN ?= runs/demo
 play: setup

@@ -82,6 +82,10 @@ class KLBottleneck(Bottleneck):
             self.project.weight[..., latent_dim:] *= 0.1
             self.project.bias[..., latent_dim:] = logvar_bias
 
+    def price(self) -> float | Tensor:
+        """The factor of the KL at this step."""
+        return self.weight
+
     def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         mean, logvar = self.project(h).float().chunk(2, -1)  # (B,k,C) each
         return mean, logvar.clamp(-9.0, 2.0)
@@ -95,4 +99,4 @@ class KLBottleneck(Bottleneck):
         mean, std = self.posterior(h, shift)
         z = mean + std * torch.randn_like(mean)  # (B,K,C)
         kl = 0.5 * (mean.square() + std.square() - 1) - std.log()  # nats per channel
-        return z, {"kl": self.weight * kl.mean(), "kl_nats": kl.mean().detach()}
+        return z, {"kl": self.price() * kl.mean(), "kl_nats": kl.mean().detach()}

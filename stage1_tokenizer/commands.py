@@ -27,9 +27,9 @@ def answered(prog: str, word: str, purposes: Mapping[str, str]) -> int | None:
 
 
 def let_threads_sleep() -> None:
-    """Threads of a product that have nothing to do sleep, instead of spinning for the core that another one waits for.
+    """Threads of a product that have nothing to do sleep, instead of spinning on the core that another one waits for.
 
-    OpenMP's default is to spin, which is ruinous beside other work (LOG, 2026-11-27). Read when torch is imported; what
-    the environment says already is kept.
+    Beside one busy process steps take .45 of the time, alone 1.1 times as long (tests/benchmarks/bench_threads.py, two
+    cores). OpenMP reads it when torch is imported; what the environment says already is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

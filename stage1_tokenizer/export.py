@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.forms import parse_json
-from stage1_tokenizer.spec import TRUSTED, SpecError, build
+from stage1_tokenizer.spec import TRUSTED, build
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
@@ -85,15 +85,8 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
     trusted = (*TRUSTED, *trust)
     if not trust:  # who trusts a package has code of it run; it may do what cannot be done without numbers
         limit = LEAST_ALLOWED + 4 * sum(math.prod(shape) for shape in wanted.values())
-        try:
-            with (
-                torch.device("meta"),
-                at_most(limit, LEAST_PARTS + 10 * len(wanted)),
-            ):  # nothing is allocated: a config may name any size
-                check_fit(folder, cls, build(config, trusted), wanted)
-        except SpecError as error:
-            if not of_another_library(error):
-                raise
+        with torch.device("meta"), at_most(limit, LEAST_PARTS + 10 * len(wanted)):
+            check_fit(folder, cls, build(config, trusted), wanted)  # nothing is allocated: a config may name any size
     module = build(config, trusted)
     check_fit(folder, cls, module, wanted)
     tensors = load_file(folder / "model.safetensors")
@@ -103,13 +96,6 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
     if (folder / CARD).is_file():
         module.loaded_card = (folder / CARD).read_text("utf-8", "replace")  # type: ignore[assignment]
     return module.eval()
-
-
-def of_another_library(error: BaseException | None) -> bool:
-    """Whether a part could not be built without numbers: open_clip's, whose sizes its own list of models limits."""
-    while error is not None and not isinstance(error, NotImplementedError):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

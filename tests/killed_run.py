@@ -126,9 +126,9 @@ def differing(one: Any, two: Any, place: str = "") -> list[str]:
     return [] if one == two else [place]
 
 
-def disturbed(stage: str, folder: Path, data: Path, kills: int, steps: int, seed: int, *options: str) -> dict[str, Any]:
+def disturbed(stage: str, folder: Path, data: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
     """A fit in one piece and one that is killed so many times -> what happened and what differs in the end."""
-    more = [f"--trainer.max_steps={steps}", "--checkpoint.every_n_steps=2", *options]
+    more = [f"--trainer.max_steps={steps}", "--checkpoint.every_n_steps=2"]
     whole, parts, log = folder / f"{stage}_whole", folder / f"{stage}_parts", folder / "log"
     start = time.monotonic()
     assert wait(fork(lambda: command(stage, "fit", whole, data, *more), log)) == 0, log.read_text()[-3000:]
@@ -184,8 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(disturbed("stage1", folder, data, *several)), flush=True)
         whole = folder / "stage1_whole"
         assert wait(fork(lambda: command("stage1", "predict", whole, data), log)) == 0, log.read_text()[-3000:]
-        tokenizer = f"--model.tokenizer_dir={whole / 'tokenizer'}"
-        print(json.dumps(disturbed("stage2", folder, whole / "latents", *several, tokenizer)), flush=True)
+        print(json.dumps(disturbed("stage2", folder, whole / "latents", *several)), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from data.__main__ import main as data_main
-from tests.benchmarks import bench_tokenizers, gpu, sampling, scaling
+from stage1_tokenizer import FSQBottleneck, LinearPath, RateBottleneck
+from tests.benchmarks import bench_rate, bench_tokenizers, gpu, sampling, scaling
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.designs import SIZES, millions, our_design, titok_design
 from tests.benchmarks.machine import Machine
@@ -102,6 +103,17 @@ def test_scaling_is_drawn(tmp_path: Path) -> None:
 
     scaling.plot({"latents": {8: rows(8), 32: rows(32)}}, 1e-3, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_codes_are_compared_at_the_bits_that_they_cost() -> None:
+    train, images = bench_rate.pictures(None, 600, 100)
+    path = LinearPath(bench_rate.SIDE, bench_rate.K, bench_rate.C)
+    path.fit(train)
+    rate = RateBottleneck(bench_rate.WIDTH, bench_rate.K, bench_rate.C, bits=594)
+    bits, ours = bench_rate.code(path, rate, images)
+    symbols, theirs = bench_rate.code(path, FSQBottleneck(bench_rate.WIDTH, bench_rate.K, (5,) * bench_rate.C), images)
+    assert abs(bits / symbols - 1) < 0.1 and symbols == pytest.approx(256 * 2.3219, rel=1e-3)
+    assert ours > theirs + 2
 
 
 def test_shares_of_a_sample_are_those_of_its_parts() -> None:

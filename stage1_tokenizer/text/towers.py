@@ -122,7 +122,8 @@ class OpenClipTower(Tower):
             raise FileNotFoundError(f"{checkpoint} does not exist; wanted open_clip weights of {model}.")
         if model not in open_clip.list_models():
             raise ValueError(f"got the model {model!r}, wanted one of open_clip.list_models(), such as ViT-B-32.")
-        whole = open_clip.create_model(model, force_custom_text=True, load_weights=False)
+        here = torch.empty(0).device  # where modules are being made: open_clip would put its own on the CPU
+        whole = open_clip.create_model(model, force_custom_text=True, load_weights=False, device=here)
         if checkpoint is not None:
             open_clip.load_checkpoint(whole, checkpoint)  # plain tensors only: open_clip passes weights_only
         text = whole.text

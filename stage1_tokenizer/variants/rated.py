@@ -29,7 +29,7 @@ class RateBottleneck(KLBottleneck):
         weight: factor of the KL at the start, without a linear path (with one it follows from the water level).
         logvar_bias: log-variance of the noise at the start, without a linear path.
         pace: change of the factor's logarithm per step, times the logarithm of (rate / bits).
-    Raises ValueError for a rate or pace that is not above 0.
+    Raises ValueError for a rate, pace or weight that is not above 0.
     """
 
     log_factor: Tensor
@@ -46,8 +46,8 @@ class RateBottleneck(KLBottleneck):
         pace: float = 0.01,
     ):
         super().__init__(width, num_latents, latent_dim, weight, logvar_bias)
-        if not (bits > 0 and pace > 0):
-            raise ValueError(f"got bits {bits} and pace {pace}, wanted both above 0.")
+        if not (bits > 0 and pace > 0 and weight > 0):
+            raise ValueError(f"got bits {bits}, pace {pace} and weight {weight}, wanted all above 0.")
         self.bits, self.pace = bits, pace
         self.register_buffer("log_factor", torch.tensor(math.log(weight)))
         self.register_buffer("noise", torch.zeros(num_latents, latent_dim))  # d, the share of a component that is noise
@@ -60,6 +60,9 @@ class RateBottleneck(KLBottleneck):
         # The mean squared error falls by 2 theta / pixels per nat: at this factor of the mean KL a nat is worth it.
         self.log_factor.copy_((2 * level * noise.numel() / pixels).log())
 
+    def price(self) -> Tensor:
+        return self.log_factor.exp()
+
     def linear(self, z: Tensor) -> Tensor:
         """E[y | z] = sqrt(1 - d) z of unit normals y, z = sqrt(1 - d) y + sqrt(d) e."""
         return z * (1 - self.noise[: z.shape[1]]).sqrt()
@@ -70,11 +73,10 @@ class RateBottleneck(KLBottleneck):
     def forward(self, h: Tensor, shift: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         z, parts = super().forward(h, shift)
         bits = parts["kl_nats"] * (z[0].numel() / math.log(2))
-        kl = parts["kl"] * (self.log_factor.exp() / self.weight)
         if self.training:
             mean = sum_over_ranks(bits) / world_size()
             self.log_factor += self.pace * (mean / self.bits).clamp(0.5, 2.0).log()
-        return z, parts | {"kl": kl, "rate_bits": bits}
+        return z, parts | {"rate_bits": bits}
 
 
 def water_level(variances: Tensor, nats: float) -> tuple[Tensor, Tensor]:

@@ -117,6 +117,7 @@ def results_table(runs: dict[str, Path]) -> str:
 
 
 def has_prior(run: Path) -> bool:
+    """True for a run folder in which a prior was exported; one of stage 1 alone has none."""
     return (run / "prior").exists()
 
 
