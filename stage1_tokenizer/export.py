@@ -1,5 +1,7 @@
 """Exported folders: config.json + model.safetensors + a model card, in the layout the Hugging Face hub expects.
 
+A card may have a picture beside it (`pictures.png`), where the pictures that a model was trained on may be shown.
+
 Nothing in a folder is executed: the config names classes of this package (see `spec`), weights are safetensors.
 Readers of files are imported with the first file, so that the models themselves need torch alone.
 """
@@ -21,7 +23,8 @@ from stage1_tokenizer.spec import TRUSTED, build
 
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
-CARD = "README.md"
+CARD, PICTURE = "README.md", "pictures.png"
+LARGEST_PICTURE = 1 << 23  # bytes that are taken along from a folder
 LEAST_ALLOWED = 1 << 26  # numbers that a module may hold besides its export: caption memories, masks
 LEAST_PARTS = 2_000  # tensors and modules
 
@@ -41,7 +44,8 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     """Write `module` (a Spec) to `folder`; the weights file is written whole before it gets its name.
 
     Tensors whose names begin as one of `module.training_state` are left out, if it has any.
-    Without a `card`, a module that was loaded keeps the one of the folder that it came from, whatever was done to it.
+    Without a `card`, a module that was loaded keeps the one of the folder that it came from, with its picture, whatever
+    was done to it.
     """
     from safetensors.torch import save_file
 
@@ -57,6 +61,8 @@ def save_module(module: nn.Module, folder: str | Path, card: str | None = None) 
     config = {"format": FORMAT, "library": "unspool", **facts, **module.spec}  # type: ignore[dict-item]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     name = type(module).__name__
+    if card is None and hasattr(module, "loaded_picture"):
+        (folder / PICTURE).write_bytes(module.loaded_picture)  # type: ignore[arg-type]
     card = card or getattr(module, "loaded_card", None)
     stub = f"---\nlibrary_name: unspool\n---\n# {name}\n\nExported by Unspool.\n"
     (folder / CARD).write_text(card or stub, encoding="utf-8")
@@ -74,7 +80,9 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
     if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
         import huggingface_hub
 
-        folder = Path(huggingface_hub.snapshot_download(str(path), revision=revision, allow_patterns=[*FILES, CARD]))
+        folder = Path(
+            huggingface_hub.snapshot_download(str(path), revision=revision, allow_patterns=[*FILES, CARD, PICTURE])
+        )
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -95,6 +103,8 @@ def load_module(cls: type[M], path: str | Path, revision: str | None = None, tru
         module.loaded_from(config)
     if (folder / CARD).is_file():
         module.loaded_card = (folder / CARD).read_text("utf-8", "replace")  # type: ignore[assignment]
+        if (folder / PICTURE).is_file() and (folder / PICTURE).stat().st_size <= LARGEST_PICTURE:
+            module.loaded_picture = (folder / PICTURE).read_bytes()  # type: ignore[assignment]
     return module.eval()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from data.__main__ import main as data_main
@@ -157,6 +158,10 @@ def test_both_stages_of_a_config_run(name: str, tmp_path: Path) -> None:
     assert name != "demo" or "LitPrior after 2 steps" in (tmp_path / "live.html").read_text()
     prior = Prior.from_pretrained(tmp_path / "prior")
     prior.check(tokenizer)
+    for export in (tmp_path / "tokenizer", tmp_path / "prior"):  # scenes may be shown
+        with Image.open(export / "pictures.png") as picture:
+            picture.load()
+        assert "(pictures.png)" in (export / "README.md").read_text()
     images = tokenizer.decode(prior.sample(["a red circle", "a blue square"], steps=2))
     assert images.shape == (2, 3, size, size) and images.isfinite().all()
 

@@ -88,7 +88,9 @@ def test_one_test_command_everywhere() -> None:
 
 
 def test_the_demo_runs_commands_and_configs_that_exist() -> None:
-    recipe = subprocess.run(["make", "-n", "-o", "setup", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    recipe = subprocess.run(
+        ["make", "-n", "-o", "setup", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     modules = re.findall(r"^python -m ([\w.]+)", recipe, flags=re.MULTILINE)
     assert modules[0] == "data" and modules[-1] == "stage2_prior" and len(modules) == 7
     for module in modules:

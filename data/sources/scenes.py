@@ -96,6 +96,7 @@ class Scenes:
             raise DataError(f"--words with --size {self.size} is illegible; use --size 64 or more")
 
     unit = "img"
+    attribution = "Scenes: drawn by Unspool, free for any use (CC0-1.0)."
 
     def chunks(self, longest: int) -> list[Stretch]:
         """All scenes are split by hash of the key."""

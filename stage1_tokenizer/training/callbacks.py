@@ -6,7 +6,6 @@ Each callback does one of these things and can be read alone:
     RandomStates    the random states of torch, numpy and python travel in the checkpoint
     ConfiguredRates a resumed fit has the learning rates of its configuration, not those of the checkpoint
     NaNGuard        stops at the first non-finite loss, naming step, batch keys and loss parts; no NaN is ever saved
-    Throughput      logs steps and samples per second, validation excluded
     SharedCores     says once that threads wait for cores that other programs keep busy, and what to do
     CollapseWatch   says where a loss has gone back to where it began; SpikeSkip: leaves out steps whose loss jumps
     ExportAtEnd     the lit module's export, with averaged weights, replacing the old one only when complete
@@ -115,33 +114,6 @@ def all_finite(tensors: list[Tensor]) -> bool:
     return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
-class Throughput(pl.Callback):
-    """Logs `throughput/steps_per_s` and `throughput/samples_per_s` (of all ranks) every `log_every_n_steps` batches."""
-
-    def __init__(self) -> None:
-        self._since, self._steps, self._samples = 0.0, 0, 0
-
-    def _restart(self) -> None:
-        self._since, self._steps, self._samples = time.perf_counter(), 0, 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._steps += 1
-        self._samples += batch_size(batch)
-        if (trainer.fit_loop.total_batch_idx + 1) % trainer.log_every_n_steps == 0:
-            seconds = max(time.perf_counter() - self._since, 1e-9)
-            rates = {"steps_per_s": self._steps, "samples_per_s": self._samples * trainer.world_size}
-            pl_module.log_dict({f"throughput/{name}": count / seconds for name, count in rates.items()}, batch_size=1)
-            self._restart()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restart()
-
-
 class SharedCores(pl.Callback):
     """Says once in a fit on a CPU that its threads wait for cores that other programs keep busy, and what to do.
 
@@ -196,10 +168,3 @@ def busy_sentence(share: float, threads: int) -> str:
     return (
         f"this run waits {share:.0%} of its time for a core: {load:.1f} threads want {cores} (load average); {advice}"
     )
-
-
-def batch_size(batch: Any) -> int:
-    """Number of samples in a batch: the length of its first entry; 0 if it has no length."""
-    first = next(iter(batch.values()), None) if isinstance(batch, Mapping) else batch
-    first = first[0] if isinstance(first, (tuple, list)) and first and isinstance(first[0], Tensor) else first
-    return len(first) if isinstance(first, Tensor | list | tuple) else 0

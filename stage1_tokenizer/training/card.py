@@ -7,7 +7,7 @@ library_name: unspool
 tags: [image-tokenizer, autoregressive, continuous-latents]
 ---
 # Unspool tokenizer
-
+{picture}
 Turns an image of {size} x {size} pixels into {K} ordered continuous latents of {C} floats, and any prefix of them back
 into pixels.
 
@@ -31,10 +31,13 @@ the reconstruction report has the full ones.
 {attribution}"""
 
 
-def tokenizer_card(tokenizer: Tokenizer, figures: dict[str, float], attribution: str = "") -> str:
+def tokenizer_card(
+    tokenizer: Tokenizer, figures: dict[str, float], attribution: str = "", picture: bool = False
+) -> str:
     """The README.md of an exported tokenizer.
 
     figures: held-out metrics by name. attribution: whose pictures it was trained on, where their licence asks for it.
+    picture: `pictures.png` lies beside the card (`live.card_picture`).
     """
     rows = "\n".join(f"| {name} | {value:.3f} |" for name, value in sorted(figures.items()))
     return TEMPLATE.format(
@@ -43,6 +46,7 @@ def tokenizer_card(tokenizer: Tokenizer, figures: dict[str, float], attribution:
         C=tokenizer.latent_dim,
         millions=sum(p.numel() for p in tokenizer.parameters()) / 1e6,
         fingerprint=tokenizer.fingerprint,
+        picture="\n![Held-out pictures from their first latents](pictures.png)\n" if picture else "",
         attribution=f"\n## Pictures\n{attribution}\n" if attribution else "",
         text="none" if tokenizer.text is None else f"prefixes of {tokenizer.text.lengths} latents",
         figures=f"| held out | value |\n|---|---|\n{rows}" if rows else "None were measured during training.",

@@ -31,7 +31,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stage1_tokenizer.spec import public_path
-from stage1_tokenizer.training.callbacks import ConfiguredRates, NaNGuard, SharedCores, Throughput
+from stage1_tokenizer.training.callbacks import ConfiguredRates, NaNGuard, SharedCores
 from stage1_tokenizer.training.checkpoint import ExportAtEnd, RandomStates, RunCheckpoint
 from stage1_tokenizer.training.checkpoint_file import WholeFiles
 from stage1_tokenizer.training.config_files import with_files
@@ -54,6 +54,7 @@ from stage1_tokenizer.training.parser import ShortErrorParser
 from stage1_tokenizer.training.progress import StatusLine
 from stage1_tokenizer.training.run_folder import RunFolder
 from stage1_tokenizer.training.sizes import link_sizes
+from stage1_tokenizer.training.throughput import Throughput
 from stage1_tokenizer.training.user_errors import constructor_error, reason_of, sentence_of, while_restoring
 
 TRAINER_OPTIONS = (  # of Lightning's trainer; --help lists these, --help=all the others too
@@ -156,6 +157,7 @@ class UnspoolCLI(LightningCLI):
         parser.add_lightning_class_args(NaNGuard, "nan_guard")
         parser.add_lightning_class_args(SpikeSkip, "spike")
         parser.add_lightning_class_args(LivePage, "live")
+        parser.add_lightning_class_args(Throughput, "throughput")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -209,7 +211,7 @@ class UnspoolCLI(LightningCLI):
         return [MetricsFile(self.folder.metrics_file), *(logger for logger in others if logger not in (None, True))]
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:
-        always = [RandomStates(), ConfiguredRates(), Throughput(), SharedCores(), CollapseWatch(), ExportAtEnd()]
+        always = [RandomStates(), ConfiguredRates(), SharedCores(), CollapseWatch(), ExportAtEnd()]
         always += self.callbacks
         if config["enable_progress_bar"] is not False:
             always.append(StatusLine())

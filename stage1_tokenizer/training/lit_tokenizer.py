@@ -25,7 +25,7 @@ from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.text.ranks import world_size
 from stage1_tokenizer.tokenizer import Tokenizer
 from stage1_tokenizer.training.card import tokenizer_card
-from stage1_tokenizer.training.live import Look
+from stage1_tokenizer.training.live import Look, card_picture
 from stage1_tokenizer.training.losses import ImageLoss
 from stage1_tokenizer.training.means import Means
 from stage1_tokenizer.training.optim import MuonAdamW, planned_steps
@@ -188,7 +188,9 @@ class LitTokenizer(pl.LightningModule):
                 self.tokenizer.fit_statistics(self.training_images(self.passes.statistics_images))
         figures = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")}
         credit = attribution(getattr(self.trainer.datamodule, "data_dir", folder))  # type: ignore[attr-defined]
-        self.tokenizer.save_pretrained(folder / "tokenizer", tokenizer_card(self.tokenizer, figures, credit))
+        folder /= "tokenizer"
+        picture = card_picture(self, credit, folder)
+        self.tokenizer.save_pretrained(folder, tokenizer_card(self.tokenizer, figures, credit, picture))
 
     def training_images(self, limit: int) -> Iterator[Tensor]:
         """Batches (B,3,H,W) of about `limit` training pictures, the same ones wherever a resumed fit began."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.evaluation.picture_sheet import image_grid, png
+from stage1_tokenizer.export import PICTURE
 from stage1_tokenizer.training.ema import EMAWeights
 from stage1_tokenizer.training.launch import UsageError
 
@@ -115,6 +116,20 @@ def looked(trainer: pl.Trainer, module: Any, pictures: int) -> Look:
     for part, mode in modes.items():
         part.training = mode
     return look
+
+
+def card_picture(module: Watched, credit: str, folder: Path) -> bool:
+    """Write `folder`/pictures.png for the model card: what the module shows of itself, a row for each prefix length.
+
+    credit: whose pictures they are. Without it nothing is written: no one has said that they may be shown.
+    Returns whether there is one.
+    """
+    if credit:
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.random.fork_rng(devices=[]):
+            strips = list(module.look(8).pictures.values())
+        (folder / PICTURE).write_bytes(png(image_grid(strips, scale=max(1, 64 // strips[0].shape[-1]))))
+    return bool(credit)
 
 
 def write_whole(path: Path, content: bytes) -> None:

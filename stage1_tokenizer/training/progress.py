@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, Timer
 
-from stage1_tokenizer.training.callbacks import batch_size
+from stage1_tokenizer.training.throughput import batch_size
 
 
 class StatusLine(ProgressBar):

@@ -10,7 +10,7 @@ library_name: unspool
 tags: [text-to-image, autoregressive, continuous-latents]
 ---
 # Unspool prior
-
+{picture}
 Draws {K} latents of {C} floats from a caption, for the tokenizer with fingerprint `{fingerprint}`; another tokenizer is
 refused.
 
@@ -34,11 +34,11 @@ it says so.
 {attribution}"""
 
 
-def prior_card(prior: Prior, figures: Sequence[dict[str, Any]], attribution: str = "") -> str:
+def prior_card(prior: Prior, figures: Sequence[dict[str, Any]], attribution: str = "", picture: bool = False) -> str:
     """The README.md of an exported prior.
 
     figures: headlines of its report (name, value, note). attribution: whose pictures it was trained on, where their
-    licence asks for it.
+    licence asks for it. picture: `pictures.png` lies beside the card (`live.card_picture`).
     """
     rows = "\n".join(f"| {f['name']} | {f['value']} | {f['note']} |" for f in figures)
     return TEMPLATE.format(
@@ -50,5 +50,6 @@ def prior_card(prior: Prior, figures: Sequence[dict[str, Any]], attribution: str
         figures=f"| held out | value | |\n|---|---|---|\n{rows}"
         if rows
         else "None yet: `python -m stage2_prior test`.",
+        picture="\n![Drawn for held-out captions, from the first latents](pictures.png)\n" if picture else "",
         attribution=f"\n## Pictures\n{attribution}\n" if attribution else "",
     )

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.provenance import attribution
+from stage1_tokenizer.export import PICTURE
 from stage1_tokenizer.tokenizer import Tokenizer
-from stage1_tokenizer.training.live import Look
+from stage1_tokenizer.training.live import Look, card_picture
 from stage1_tokenizer.training.means import Means
 from stage1_tokenizer.training.optim import planned_steps
 from stage1_tokenizer.training.options import OptimizerOptions, ScheduleOptions
@@ -101,21 +102,29 @@ class LitPrior(pl.LightningModule):
 
     def export(self, folder: Path) -> None:
         """Write `folder`/prior."""
-        self.prior.save_pretrained(folder / "prior", self.card())
+        folder /= "prior"
+        if self.tokenizer_folder.is_dir():  # without it there is nothing to see, and still a prior to keep
+            card_picture(self, attribution(self.run_dir / "data"), folder)
+        self.prior.save_pretrained(folder, self.card(folder))
 
     def load_export(self, run_dir: Path) -> None:
         """Replace the network by the exported one of a run."""
         self.prior = Prior.from_pretrained(run_dir / "prior")
 
-    def card(self, figures: list[dict[str, Any]] | None = None) -> str:
-        """The model card, with the headlines of a report."""
-        return prior_card(self.prior, figures or [], attribution(self.run_dir / "data"))
+    def card(self, folder: Path, figures: list[dict[str, Any]] | None = None) -> str:
+        """The model card, with the headlines of a report and the picture that lies in `folder`."""
+        credit = attribution(self.run_dir / "data")
+        return prior_card(self.prior, figures or [], credit, (folder / PICTURE).is_file())
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return Path(self.tokenizer_dir or self.run_dir / "tokenizer")
 
     def load_tokenizer(self) -> nn.Module:
         """The exported tokenizer, on the CPU; loaded once."""
         if not self.frozen:
             with torch.random.fork_rng(devices=[]):  # its first weights are drawn before they are replaced
-                self.frozen = (load_space(self.tokenizer_dir or self.run_dir / "tokenizer"),)
+                self.frozen = (load_space(self.tokenizer_folder),)
         module = self.frozen[0]
         assert isinstance(module, nn.Module), "load_space saw to it"
         return module.requires_grad_(False)
@@ -248,7 +257,8 @@ class LitPrior(pl.LightningModule):
         if self.trainer.is_global_zero:
             page = self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
             figures = json.loads((page.parent / "metrics.json").read_text(encoding="utf-8"))["figures"]
-            self.prior.save_pretrained(self.run_dir / "prior", self.card(figures))  # with the best length, too
+            folder = self.run_dir / "prior"
+            self.prior.save_pretrained(folder, self.card(folder, figures))  # with the best length, too
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         captions = [c[0] for c in batch["captions"]]

@@ -100,9 +100,12 @@ def test_exported_folder_round_trips(tmp_path: Path) -> None:
 
 def test_a_loaded_tokenizer_keeps_its_card(tmp_path: Path) -> None:
     card = "# Circles\n\nHöchstens rot.\n"
-    loaded = Tokenizer.from_pretrained(tiny_tokenizer().save_pretrained(tmp_path / "first", card))
+    first = tiny_tokenizer().save_pretrained(tmp_path / "first", card)
+    (first / "pictures.png").write_bytes(b"a picture")
+    loaded = Tokenizer.from_pretrained(first)
     again = Tokenizer.from_pretrained(loaded.save_pretrained(tmp_path / "again"))
     assert (tmp_path / "again" / "README.md").read_text("utf-8") == card
+    assert (tmp_path / "again" / "pictures.png").read_bytes() == b"a picture"
     again.save_pretrained(tmp_path / "again", "# Another")
     assert (tmp_path / "again" / "README.md").read_text() == "# Another"
     assert loaded.state_dict().keys() == tiny_tokenizer().state_dict().keys()
