@@ -1,10 +1,11 @@
 from .bottleneck import Bottleneck as Bottleneck, KLBottleneck as KLBottleneck
 from .decoder import Decoder as Decoder, PixelDecoder as PixelDecoder, ViTDecoder as ViTDecoder
 from .encoder import Encoder as Encoder, PatchTrunk as PatchTrunk, QFormerEncoder as QFormerEncoder, Trunk as Trunk
+from .evaluation.judge import CaptionJudge as CaptionJudge
 from .linear_path import LinearPath as LinearPath
 from .predictor import LatentPredictor as LatentPredictor
 from .prefixes import PrefixLengths as PrefixLengths
-from .supervision import Supervision as Supervision
+from .supervision import PictureSupervision as PictureSupervision, Supervision as Supervision
 from .text.captioner import PrefixCaptioner as PrefixCaptioner
 from .text.contrast import (
     MaxOverQueries as MaxOverQueries,
@@ -21,16 +22,20 @@ from .text.towers import (
     WholeVocabulary as WholeVocabulary,
 )
 from .text.vocabulary import CaptionVocabulary as CaptionVocabulary
+from .text.words import WordTower as WordTower
 from .tokenizer import Tokenizer as Tokenizer
 from .training.adversarial import AdversarialLoss as AdversarialLoss, PatchDiscriminator as PatchDiscriminator
 from .training.lit_adversarial import LitAdversarial as LitAdversarial
 from .training.lit_tokenizer import LitTokenizer as LitTokenizer
 from .training.losses import (
     ImageLoss as ImageLoss,
+    Lite0Loss as Lite0Loss,
     LPIPSLoss as LPIPSLoss,
     PixelLoss as PixelLoss,
     StructureLoss as StructureLoss,
 )
+from .variants.alignment import FeatureAlignment as FeatureAlignment
+from .variants.caption_path import CaptionPath as CaptionPath
 from .variants.convolutional import ConvDecoder as ConvDecoder, ConvTrunk as ConvTrunk
 from .variants.flow_decoder import FlowDecoder as FlowDecoder
 from .variants.joined_trunks import JoinedTrunks as JoinedTrunks

@@ -1,7 +1,8 @@
 """What orders the line besides pixels: a loss on prefixes, and a space in which prefixes and captions meet.
 
 The contract that a tokenizer knows; `text.supervision.PrefixText` is its first member. A member of one's own gets the
-latents of every training batch and the ids of its captions, and returns losses by name.
+latents of every training batch and the ids of its captions, and returns losses by name. What supervises prefixes by
+pictures alone has the smaller contract `PictureSupervision`, beside captions or without.
 
 Letters: B batch, K latents, C latent channels, E embedding width, L text tokens.
 """
@@ -56,4 +57,21 @@ class Supervision(Spec, nn.Module):
 
     def embed(self, z: Tensor) -> Tensor:
         """z (B,k,C) before standardisation, any k -> unit vectors (B,E) in the space of `embed_text`."""
+        raise NotImplementedError
+
+
+class PictureSupervision(Spec, nn.Module):
+    """Contract of what supervises prefixes by the pictures themselves, in training only: an export is without it.
+
+    every: the losses are computed in every n-th step only. balance: z twice, for pixels and for these losses.
+    """
+
+    every: int
+    balance: nn.Module
+
+    def prepare(self) -> None:
+        """Called before training: read what the losses need. Raises ValueError where it is missing."""
+
+    def losses(self, z: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """z (B,K,C), images (B,3,H,W) in [-1,1] -> losses by name, and figures without a graph."""
         raise NotImplementedError

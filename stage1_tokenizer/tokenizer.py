@@ -30,7 +30,7 @@ from stage1_tokenizer.precision import held_autocast, hold_weights
 from stage1_tokenizer.predictor import LatentPredictor
 from stage1_tokenizer.prefixes import PrefixLengths, keep_mask
 from stage1_tokenizer.spec import Spec
-from stage1_tokenizer.supervision import Supervision
+from stage1_tokenizer.supervision import PictureSupervision, Supervision
 
 
 class Tokenizer(Spec, nn.Module):
@@ -45,11 +45,13 @@ class Tokenizer(Spec, nn.Module):
         text: text supervision of prefixes; None for a tokenizer that knows no captions.
         linear_path: fixed principal components beside the encoder and decoder (photographs); None for none.
         predictor: a small causal model of the line that is trained along; None for none.
+        alignment: supervision of prefixes by the pictures themselves, in training; None for none.
     """
 
     latent_mean: Tensor
     latent_scale: Tensor
-    training_state = ("text.memory.", "predictor.")  # in checkpoints, not in exports
+    training_state = ("text.memory.", "predictor.", "alignment.")  # in checkpoints, not in exports
+    objective = ("pixel", "prefix", "kl", "commit", "text", "caption", "alignment", "predictor", "predicted")
     held = torch.float32  # dtype of the linear layers' weights
     identity = ""  # the fingerprint, where weights are held rounded
     checks_pixels = True  # of `encode`: False where who decoded them vouches for it, since a look waits for a GPU
@@ -64,17 +66,18 @@ class Tokenizer(Spec, nn.Module):
         text: Supervision | None = None,
         linear_path: LinearPath | None = None,
         predictor: LatentPredictor | None = None,
+        alignment: PictureSupervision | None = None,
     ):
         super().__init__()
-        training_only(self, "predictor")
+        training_only(self, "predictor", "alignment")
         parts: dict[str, Any] = {"bottleneck": bottleneck, "decoder": decoder, "lengths": lengths}
-        parts |= {"linear_path": linear_path, "predictor": predictor}
-        if text is not None:
-            parts |= {f"text.{name}": part for name, part in text.sized().items()}
+        parts |= {"linear_path": linear_path, "predictor": predictor, "alignment": alignment}
+        parts |= {f"text.{name}": part for name, part in (text.sized() if text is not None else {}).items()}
         check_sizes(encoder, bottleneck, parts)
         self.image_size, self.num_latents, self.latent_dim = image_size, encoder.num_latents, bottleneck.latent_dim
         self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
-        self.lengths, self.text, self.linear_path, self.predictor = lengths, text, linear_path, predictor
+        self.lengths, self.text, self.linear_path = lengths, text, linear_path
+        self.predictor, self.alignment = predictor, alignment
         self.described = describe(encoder.spec, bottleneck.spec)
         if linear_path is not None:
             bottleneck.start_silent()
@@ -169,6 +172,9 @@ class Tokenizer(Spec, nn.Module):
         z, parts = self.bottleneck(self.encoder(images), shift)  # (B,K,C)
         text_step = self.text is not None and ids is not None and step % self.text.every == 0
         z_pixels, z_text = self.text.balance(z, self.text.factor(step)) if text_step and self.text else (z, z)
+        if self.alignment is not None and step % self.alignment.every == 0:
+            z_pixels, z_aligned = self.alignment.balance(z_pixels)
+            parts |= self.alignment.losses(z_aligned, images)
         pixel_parts, reconstruction = self.pixel_losses(z_pixels, images, step)
         parts |= pixel_parts
         if text_step and self.text is not None and ids is not None:
@@ -182,8 +188,7 @@ class Tokenizer(Spec, nn.Module):
         batch = len(z)
         second = self.lengths is not None and step >= self.lengths.start
         extra = self.lengths.sample(batch) if second and self.lengths is not None else z.new_zeros(0, dtype=torch.long)
-        rows = torch.arange(len(extra), device=z.device)
-        z, target = torch.cat([z, z[rows]]), torch.cat([images, images[rows]])
+        z, target = torch.cat([z, z[: len(extra)]]), torch.cat([images, images[: len(extra)]])
         k = torch.cat([extra.new_full((batch,), self.num_latents), extra])
         keep = keep_mask(k, self.num_latents)
         base = self.base(z, keep)
@@ -196,8 +201,6 @@ class Tokenizer(Spec, nn.Module):
     def full_error(self, z: Tensor, images: Tensor) -> Tensor:
         keep = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
         return self.decoder.losses(z, keep, images, self.base(z, keep))[1].mean()
-
-    objective = ("pixel", "prefix", "kl", "commit", "text", "caption", "predictor", "predicted")
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
         """The sum of the parts in `objective`. Raises ValueError for another part that has a gradient: a loss that is
@@ -258,12 +261,9 @@ class Tokenizer(Spec, nn.Module):
             mine, theirs = getattr(self, name), getattr(other, name)
             if (mine and mine.spec) != (theirs and theirs.spec):
                 raise ValueError(f"the {name} of this config differs from that of the tokenizer to start from.")
-        state = {n: t for n, t in other.state_dict().items() if not n.startswith(self.training_state)}
-        state |= {n: t for n, t in self.state_dict().items() if n.startswith(self.training_state)}
-        if self.decoder.spec != other.decoder.spec:
-            state = {n: t for n, t in state.items() if not n.startswith("decoder.")} | {
-                n: t for n, t in self.state_dict().items() if n.startswith("decoder.")
-            }
+        kept = self.training_state + (() if self.decoder.spec == other.decoder.spec else ("decoder.",))
+        state = {n: t for n, t in other.state_dict().items() if not n.startswith(kept)}
+        state |= {n: t for n, t in self.state_dict().items() if n.startswith(kept)}
         self.load_state_dict(state, strict=True)
         self.described = other.described
 

@@ -133,11 +133,10 @@ class TextTowerCondition(Spec, Condition):
 
     def __init__(self, width: int, tower: Tower, skip: int = 0):
         super().__init__()
-        blocks: Any = tower.transformer.transformer
-        if not 0 <= skip < len(blocks.resblocks):
+        most = max(0, tower.num_blocks - 1)
+        if not 0 <= skip <= most:
             raise ConditionError(
-                f"got skip={skip} for a text tower of {len(blocks.resblocks)} blocks, wanted 0 to"
-                f" {len(blocks.resblocks) - 1}: one must be left."
+                f"got skip={skip} for a text tower of {tower.num_blocks} blocks, wanted 0 to {most}: one must be left."
             )
         self.skip = skip
         self.width, self.context_length = width, tower.vocabulary.context_length

@@ -54,6 +54,8 @@ SAME_PARTS = (
     "no_linear_path",
     "next_latent",
     "next_latent_pixels",
+    "features_on_prefixes",
+    "perceptual_lite0",
     "night",
 )  # other training, or a part that the demo has not
 FROZEN = ("flow_decoder", "flow_decoder_64", "adversarial_decoder")  # variants that tune the decoder of a run

@@ -100,7 +100,7 @@ class ImageNetFeatures:
     feature_name = "effnet-lite0-1280"
 
     def __init__(self, network: nn.Module, device: torch.device | str) -> None:
-        self.network = network.to(device)
+        self.network, self.device = network.to(device), device
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:

@@ -186,10 +186,10 @@ def retrieval_table(report: Report, result: Mapping[str, Any], lengths: Sequence
     """Recall and bits of every kind of caption by k. trained: prefix lengths that text was trained on."""
     rows = []
     for kind in [name for name in result if name != "n"]:
-        for rank in (1, 5):
-            shares = [f"{result[kind]['recall'][k][rank]:.3f}" for k in lengths]
-            distinct, chance = f"{result[kind]['distinct']:,}", f"{result[kind]['chance'][rank]:.4f}"
-            rows.append([f"{kind}, R@{rank}", distinct, chance, *shares])
+        distinct = f"{result[kind]['distinct']:,}"
+        for title, which, rank in (("", "recall", 1), ("", "recall", 5), ("picture ", "recall_of_pictures", 1)):
+            shares = [f"{result[kind][which][k][rank]:.3f}" for k in lengths]
+            rows.append([f"{kind}, {title}R@{rank}", distinct, f"{result[kind]['chance'][rank]:.4f}", *shares])
         bits = [f"{result[kind]['bits'][k]:.1f}" for k in lengths]
         rows.append([f"{kind}, bits of {result[kind]['most_bits']:.1f}", distinct, "0", *bits])
     columns = ["caption", "distinct", "chance", *(f"k = {k}" for k in lengths)]
@@ -204,8 +204,9 @@ def retrieval_table(report: Report, result: Mapping[str, Any], lengths: Sequence
         columns,
         rows,
         f"Picture to caption among the captions of {result['n']:,} held-out pictures; a word-for-word copy of "
-        "the picture's caption counts as a hit, ties do not. Bits: information of the prefix about which caption it "
-        "is, at least, from the likelihood of the right one." + untrained,
+        "the picture's caption counts as a hit, ties do not. Picture R@1: caption to picture, among as many. Bits: "
+        "information of the prefix about which caption it is, at least, from the likelihood of the right one."
+        + untrained,
     )
 
 

@@ -97,6 +97,7 @@ def _retrieval(prefixes: Mapping[int, Tensor], embedded: Tensor, texts: Sequence
         "distinct": len(set(texts)),
         "chance": any_length.chance,
         "recall": {k: result.recall for k, result in by_k.items()},
+        "recall_of_pictures": {k: result.reverse for k, result in by_k.items()},
         "bits": {k: result.bits for k, result in by_k.items()},
         "most_bits": any_length.most_bits,
     }

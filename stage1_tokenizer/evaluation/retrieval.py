@@ -22,6 +22,7 @@ class Retrieval:
     """How well queries retrieve their captions, beside what chance gives."""
 
     recall: dict[int, float]  # R -> share of queries with a hit among the first R candidates, in [0, 1]
+    reverse: dict[int, float]  # R -> share of candidates with a hit among the first R queries
     chance: dict[int, float]  # R -> the same for candidates in random order
     bits: float  # information of a query about its caption, a lower bound
     most_bits: float  # the entropy of the captions, an upper bound of `bits`
@@ -36,7 +37,7 @@ def retrieval(
     candidate_captions: Sequence[str],
     ranks: Sequence[int] = (1, 5),
 ) -> Retrieval:
-    """Recall at R of captions by pictures: queries (Q, E) or (Q, P, E), candidates (M, E), all unit vectors.
+    """Recall at R of captions by pictures, and reverse: queries (Q, E) or (Q, P, E), candidates (M, E), unit vectors.
 
     Of a query's P vectors the best one counts (`similarities`). A query with a similarity that is not finite has no
     hit and gives no bits.
@@ -57,21 +58,30 @@ def retrieval(
             f"got {len(query_captions)} and {len(candidate_captions)} captions for {len(queries)} queries and "
             f"{len(candidates)} candidates, wanted one caption for each; leave out what has none"
         )
-    ids = {caption: index for index, caption in enumerate(dict.fromkeys(candidate_captions))}
+    ids = {caption: index for index, caption in enumerate(dict.fromkeys([*candidate_captions, *query_captions]))}
     candidate_ids = torch.tensor([ids[caption] for caption in candidate_captions])
-    query_ids = torch.tensor([ids.get(caption, -1) for caption in query_captions])
+    query_ids = torch.tensor([ids[caption] for caption in query_captions])
     hits = query_ids[:, None] == candidate_ids[None]  # (Q, M)
     similarity = similarities(queries.float().cpu(), candidates.float().cpu())  # (Q, M)
-    finite = similarity.isfinite().all(dim=1)  # (Q,)
-    similarity = similarity.where(finite[:, None], 0.0)  # NaN >= NaN is false: nothing would be ahead of the right one
-    best_hit = similarity.masked_fill(~hits, -math.inf).amax(dim=1, keepdim=True)
-    captions = similarity.new_full((len(queries), len(ids)), -math.inf)  # (Q, D)
-    captions = captions.scatter_reduce(1, candidate_ids.expand(len(queries), -1), similarity, "amax")
-    ahead = (captions >= best_hit).sum(dim=1) - 1  # (Q,) wrong captions that come first; - 1 is the right one itself
-    ahead = ahead.masked_fill(~finite | ~hits.any(dim=1), 2**31)  # beyond every rank
-    recall = {rank: (ahead < rank).float().mean().item() for rank in ranks}
+    finite = similarity.isfinite().all(dim=1)[:, None]  # NaN >= NaN is false: nothing would be ahead of the right one
+    ranked = similarity.where(finite, -math.inf)
+    recall, reverse = _recall(ranked, hits, candidate_ids, ranks), _recall(ranked.T, hits.T, query_ids, ranks)
+    bits = _information(similarity.where(finite, 0.0), hits)
     chance = _chance(hits.sum(dim=1), len(candidates), ranks)
-    return Retrieval(recall, chance, *_information(similarity, hits), len(queries), len(candidates))
+    return Retrieval(recall, reverse, chance, *bits, len(queries), len(candidates))
+
+
+def _recall(similarity: Tensor, hits: Tensor, groups: Tensor, ranks: Sequence[int]) -> dict[int, float]:
+    """Share of rows with a hit among the first R; similarity and hits (Q, M), groups (M,): columns that take one rank.
+
+    A row whose hits are all at minus infinity has none.
+    """
+    best_hit = similarity.masked_fill(~hits, -math.inf).amax(dim=1, keepdim=True)
+    distinct = similarity.new_full((len(similarity), int(groups.max()) + 1), -math.inf)  # (Q, D)
+    distinct = distinct.scatter_reduce(1, groups.expand(len(similarity), -1), similarity, "amax")
+    ahead = (distinct >= best_hit).sum(dim=1) - 1  # (Q,) wrong ones that come first; - 1 is the right one itself
+    ahead = ahead.masked_fill(best_hit[:, 0].isneginf(), 2**31)  # beyond every rank
+    return {rank: (ahead < rank).float().mean().item() for rank in ranks}
 
 
 def similarities(pictures: Tensor, texts: Tensor) -> Tensor:

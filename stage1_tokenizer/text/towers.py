@@ -50,6 +50,11 @@ class Tower(Spec, nn.Module):
         width: int = self.transformer.width
         return width
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of which `tokens` can skip the last ones."""
+        return len(self.transformer.transformer.resblocks)
+
 
 class TextTower(Tower):
     """CLIP's text transformer over a `CaptionVocabulary`, trained from scratch: ids (B,L) -> unit vectors (B,E)."""

