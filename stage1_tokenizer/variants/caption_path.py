@@ -49,15 +49,12 @@ class CaptionPath(LinearPath):
             )
         if any(parameter.requires_grad for parameter in features.parameters()):
             raise ValueError("the features of a CaptionPath are trained, wanted a frozen trunk; set frozen: true.")
-        canonical = torch.zeros(num_latents, latent_dim, dtype=torch.bool)
-        for latent, n in enumerate(free):
-            canonical[latent, latent_dim - n :] = True
-        self.features = features
-        at = torch.arange(num_latents * latent_dim)
-        self.slots = at[~canonical.flatten()]
-        self.register_buffer("canonical", at[canonical.flatten()], persistent=False)
+        canonical = [i * latent_dim + c for i, n in enumerate(free) for c in range(latent_dim - n, latent_dim)]
+        self.features, self.free = features, tuple(free)
+        self.slots = torch.tensor(sorted(set(range(num_latents * latent_dim)) - set(canonical)), dtype=torch.long)
+        self.register_buffer("canonical", torch.tensor(canonical, dtype=torch.long), persistent=False)
         self.canonical: Tensor
-        self.register_buffer("words", torch.zeros(int(canonical.sum()), features.width))
+        self.register_buffer("words", torch.zeros(len(canonical), features.width))
         self.register_buffer("words_mean", torch.zeros(features.width))
         self.words: Tensor
         self.words_mean: Tensor
@@ -83,7 +80,7 @@ class CaptionPath(LinearPath):
 
     def encode(self, images: Tensor, k: int) -> Tensor:
         x = super().encode(images, k).flatten(1)  # (B,kC)
-        within = self.canonical[: int((self.canonical < k * self.latent_dim).sum())]
+        within = self.canonical[: sum(self.free[:k])]
         with torch.autocast(images.device.type, enabled=False):
             components = (self.pooled(images) - self.words_mean) @ self.words[: len(within)].T
         return x.index_copy(1, within, components).unflatten(1, (k, self.latent_dim))  # (B,k,C)
