@@ -40,7 +40,7 @@ def test_loading_and_encoding_import_neither_open_clip_nor_torchvision_nor_light
         "from stage1_tokenizer import Tokenizer\n"
         f"t = Tokenizer.from_pretrained({str(tmp_path)!r})\n"
         "t.encode(torch.zeros(1, 3, t.image_size, t.image_size))\n"
-        "heavy = {'open_clip', 'torchvision', 'lightning', 'timm', 'transformers', 'matplotlib'}\n"
+        "heavy = {'open_clip', 'torchvision', 'lightning', 'timm', 'transformers', 'matplotlib', 'torch._dynamo'}\n"
         "print(json.dumps([sorted(heavy & set(sys.modules)), 'safetensors' in sys.modules]))"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
