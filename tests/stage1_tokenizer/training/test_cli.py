@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from stage1_tokenizer.commands import answered
-from stage1_tokenizer.training import launch
+from stage1_tokenizer.training import launch, parser
 from stage1_tokenizer.training.cli import UnspoolCLI, run_cli
 from stage1_tokenizer.training.launch import (
     UsageError,
@@ -23,6 +23,7 @@ from stage1_tokenizer.training.launch import (
     resolve_precision,
     several_ranks,
 )
+from tests.test_configs import STAGES
 from tests.tiny import CAPTIONS, pictures, tiny_tokenizer
 from tests.tiny_run import NumbersModule, TinyLit, fresh, run
 
@@ -142,6 +143,39 @@ def test_an_overlay_changes_the_class_and_keeps_the_arguments(tmp_path: Path) ->
     saved = tmp_path / "other" / "stage1" / "config.yaml"
     again = run(tmp_path, f"--config={saved}", f"--run_dir={tmp_path / 'again'}")
     assert isinstance(again.model, OtherLit) and again.model.extra == 7  # a saved config is a config
+
+
+def test_options_are_those_of_jsonargparse_though_no_class_is_checked_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = "--model.tokenizer.init_args"
+    words = [f"{part}.encoder=stage1_tokenizer.TiTokEncoder", f"{part}.decoder.init_args.depth=5", "--sizes.width=64"]
+    quick = read_only("stage1", *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(parser, "is_subclass_spec", lambda value: False)  # nothing is known
+        assert quick == read_only("stage1", *words)
+    assert quick != read_only("stage1", *words[1:])
+    with pytest.raises(SystemExit):  # what a class requires is missed, though it was looked at before
+        read_only("stage1", "--config=variants/streaming")
+    assert "required: train_urls" in capsys.readouterr().err
+
+
+class Read(BaseException):
+    """Raised in place of running a command whose options were read."""
+
+
+def read_only(stage: str, *words: str) -> dict[str, Any]:
+    """Options of a fit of the demo with these words."""
+    found: list[dict[str, Any]] = []
+
+    class Reading(UnspoolCLI):
+        def before_instantiate_classes(self) -> None:
+            found.append(self.config.as_dict())
+            raise Read
+
+    with pytest.raises(Read):
+        Reading(stage, *STAGES[stage], stage, ["fit", "--config=demo", "--run_dir=nowhere", *words])
+    return found[0]
 
 
 def test_unknown_keys_of_a_config_file_and_overlays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
