@@ -84,8 +84,7 @@ class UnspoolCLI(LightningCLI):
         self.short_help = "--help=all" not in args and not {"-h", "--help"}.isdisjoint(args)
         args = ["--help" if word == "--help=all" else word for word in args]
         self.word = next(iter(args), "")
-        ShortErrorParser.complete = set()
-        ShortErrorParser.command = f"{prog} {self.word}" if self.word in self.subcommands() else prog
+        ShortErrorParser.begin(f"{prog} {self.word}" if self.word in self.subcommands() else prog)
         super().__init__(
             model_class,
             pl.LightningDataModule,

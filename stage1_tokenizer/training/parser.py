@@ -22,6 +22,11 @@ class ShortErrorParser(LightningArgumentParser):
     options: ClassVar[frozenset[str]] = frozenset()  # of the command
     complete: ClassVar[set[tuple[str, bool, str]]] = set()  # of the command that is read: see `_check_value_key`
 
+    @classmethod
+    def begin(cls, command: str) -> None:
+        """Before the options of `command`, as it was typed, are read."""
+        cls.command, cls.complete = command, set()
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sentence = " ".join(message.split())
         if sentence.startswith("Call to compute_fn of link"):  # a size that is contradicted: see sizes.py
