@@ -5,7 +5,9 @@ error, it is ordered, and its prefixes are exact, so "PCA at equal floats" is a 
 of a tokenizer with C channels per latent (F = k C). The floats here are exact; a learned code with noise has less.
 
 The fit is `torch.pca_lowrank` (Halko, Martinsson & Tropp 2011): it needs neither the P x P covariance nor its
-eigenvectors, so 12,288 pixels are seconds. With as many directions as pixels or pictures it is exact.
+eigenvectors, so 12,288 pixels are seconds. With as many directions as pixels or pictures it is exact. It holds the
+pictures four times, though: of large ones, of which there are few, the components come from the N x N products between
+pictures, exactly, and take the place of the pictures.
 
 Letters: N pictures, P = 3 H W pixel values, F floats (components), Q = F + oversampling directions.
 """
@@ -15,6 +17,8 @@ from torch import Tensor
 
 OVERSAMPLING = 32
 ITERATIONS = 4
+LARGE = 2**16  # pixel values from which on the products between pictures are taken: 148 pixels a side
+BLOCK = 2**13  # pixel values that are handled at once
 
 
 class PCA:
@@ -38,16 +42,15 @@ class PCA:
             raise ValueError(f"got pictures of shape {tuple(images.shape)}, wanted (N, 3, H, W) with N of 2 or more")
         x = images.flatten(1).float()  # (N, P)
         num_floats = min(num_floats, len(x) - 1, x.shape[1])
-        directions = min(num_floats + OVERSAMPLING, *x.shape)
         mean = x.mean(dim=0)
         x = x - mean
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            of_device = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
-            of_device.manual_seed(seed)  # torch.manual_seed would seed every GPU
-            _, singular, components = torch.pca_lowrank(x, directions, center=False, niter=ITERATIONS)  # (Q,), (P, Q)
-        explained = singular.square() / x.double().square().sum().clamp_min(1e-30).float()
+        variance = torch.stack([part.double().square().sum() for part in x.split(64)]).sum().clamp_min(1e-30).float()
+        if x.shape[1] > LARGE and len(x) < x.shape[1]:
+            singular, components = _in_place(x, num_floats)
+        else:
+            singular, components = _low_rank(x, num_floats, seed)
         c, h, w = images.shape[1:]
-        return cls(mean, components.T[:num_floats].contiguous(), explained[:num_floats], (c, h, w))
+        return cls(mean, components, singular.square() / variance, (c, h, w))
 
     def encode(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, F), first component first."""
@@ -65,3 +68,29 @@ class PCA:
     def reconstruct(self, images: Tensor, num_floats: int) -> Tensor:
         """Pictures through a code of `num_floats` floats (all there are, if fewer): (N, 3, H, W) -> the same."""
         return self.decode(self.encode(images)[:, :num_floats])
+
+
+def _low_rank(x: Tensor, num_floats: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Singular values (F,) and components (F, P) of centred pictures x (N, P), from random directions."""
+    directions = min(num_floats + OVERSAMPLING, *x.shape)
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        of_device = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
+        of_device.manual_seed(seed)  # torch.manual_seed would seed every GPU
+        _, singular, components = torch.pca_lowrank(x, directions, center=False, niter=ITERATIONS)  # (Q,), (P, Q)
+    return singular[:num_floats], components.T[:num_floats].contiguous()
+
+
+def _in_place(x: Tensor, num_floats: int) -> tuple[Tensor, Tensor]:
+    """The same from the products between pictures; x is overwritten, and the components are its first rows.
+
+    x x^T = U S^2 U^T, and the components are S^-1 U^T x. The products are in float64: they square what x spans.
+    """
+    products = x.new_zeros(len(x), len(x), dtype=torch.float64)  # (N, N)
+    for block in x.split(BLOCK, dim=1):
+        products.addmm_(block.double(), block.double().T)
+    values, vectors = torch.linalg.eigh(products)  # smallest first
+    values, vectors = values.flip(0)[:num_floats].clamp_min(1e-30), vectors.flip(1)[:, :num_floats]
+    combine = (vectors / values.sqrt()).T.float()  # (F, N)
+    for block in x.split(BLOCK, dim=1):
+        block[:num_floats] = combine @ block
+    return values.sqrt().float(), x[:num_floats]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from data.__main__ import main as data_main
 from stage1_tokenizer import FSQBottleneck, LinearPath, RateBottleneck
-from tests.benchmarks import bench_rate, bench_tokenizers, gpu, sampling, scaling
+from tests.benchmarks import bench_rate, bench_scaling_law, bench_soak, bench_tokenizers, gpu, sampling, scaling
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.designs import SIZES, millions, our_design, titok_design
 from tests.benchmarks.machine import Machine
@@ -55,6 +55,28 @@ def test_memory_is_what_a_call_needs_at_once() -> None:
     if one == two == 0:
         pytest.skip("this system does not tell")
     assert abs(one - 4 * n) < 4e6 and abs(two - 12 * n) < 8e6
+
+
+def test_growth_is_told_from_jumps_and_from_what_warms_up() -> None:
+    minutes = [i / 6 for i in range(120)]
+    flat = [100.0 + 30 * (i % 7 == 0) for i in range(120)]  # a collection of garbage now and then
+    assert abs(bench_soak.slope(minutes, flat)) < 1e-9
+    assert bench_soak.slope(minutes, [x + 2 * t for x, t in zip(flat, minutes, strict=True)]) == pytest.approx(
+        2, abs=0.1
+    )
+    counts = dict.fromkeys(bench_soak.COUNTS, 1.0)
+    notes = [counts | {"part": "page", "minutes": t, "megabytes": 50 + min(t, 5) * 10} for t in minutes]
+    found = bench_soak.summary(notes, "page", warm=6)
+    assert found["megabytes_a_minute"] == 0 and found["files"] == [[1, 1], [1, 1]]
+    assert bench_soak.summary(notes, "page", warm=0)["megabytes_a_minute"] > 1
+
+
+def test_a_power_law_is_found_through_the_runs_that_no_cheaper_one_beats() -> None:
+    runs = [bench_scaling_law.Run("stage 1", 64, n, 1e9 * n, 3 * n**-0.2) for n in (1, 2, 4, 8)]
+    worse = [bench_scaling_law.Run("stage 1", 96, n, 3e9 * n, 3 * n**-0.2) for n in (1, 2)]
+    assert bench_scaling_law.frontier([*worse, *runs]) == runs
+    a, b, error, left = bench_scaling_law.power_law([run.flops for run in runs], [run.loss for run in runs])
+    assert b == pytest.approx(0.2) and a == pytest.approx(3 * 1e9**0.2) and max(error, left) < 1e-6
 
 
 def test_peak_is_positive_and_the_table_has_every_row() -> None:

@@ -21,6 +21,7 @@ IMPORT_NAMES = {
     "skimage": "scikit-image",
     "lazy_loader": "lazy-loader",
     "rapidocr_onnxruntime": "rapidocr-onnxruntime",
+    "gradio_client": "gradio",  # comes with it
 }
 
 

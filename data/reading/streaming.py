@@ -1,6 +1,6 @@
 """Training batches straight from tars that are too many or too far away to index, through WebDataset.
 
-    URLs --resampled--> shards --fsspec--> members --group--> samples --shuffle buffer--> decoded --> batches
+    URLs --resampled--> shards --fsspec, cache--> members --group--> samples --shuffle buffer--> decoded --> batches
 
 Shards are drawn with replacement, every worker of every rank from a stream of its own, so nothing has to be divided and
 no rank runs short. What this gives up against `datamodule`: a sample may come twice in an epoch or not at all, the
@@ -31,7 +31,8 @@ from data.pictures.transforms import to_unit_range
 from data.reading.datamodule import ImageDataModule
 from data.reading.datasets import as_is, collate, decode_image, described_by
 from data.reading.order import spread_rows
-from data.reading.urls import tar_urls
+from data.reading.shard_cache import ShardCache
+from data.reading.urls import is_remote, tar_urls
 from data.schema import DECODED_MEMBERS, IMAGE_MEMBERS, DataError
 
 
@@ -47,6 +48,7 @@ class Stream(IterableDataset[dict[str, Any]]):
         seed: of shards and buffer.
         rank: of this process.
         most_errors: unreadable samples and shards after which the run ends with the last one's sentence.
+        cache: of remote shards.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class Stream(IterableDataset[dict[str, Any]]):
         seed: int,
         rank: int,
         most_errors: int,
+        cache: ShardCache | None = None,
     ) -> None:
         self.urls, self.image_size, self.batch_size, self.steps = urls, image_size, batch_size, steps
-        self.buffer, self.seed, self.rank, self.most_errors = buffer, seed, rank, most_errors
+        self.buffer, self.seed, self.rank, self.most_errors, self.cache = buffer, seed, rank, most_errors, cache
         self.epoch = -1
         self.errors = self.read = 0
 
@@ -104,12 +107,17 @@ class Stream(IterableDataset[dict[str, Any]]):
         for shard in shards:
             before = self.read
             try:
-                with fsspec.open(shard["url"], "rb") as stream:
+                with self._stream_of(shard["url"]) as stream:
                     yield {**shard, "stream": stream}
                 if self.read == before:  # an endless stream of nothing would never end
                     self._note(DataError(f"{shard['url']} holds no sample"))
             except OSError as error:
                 self._note(error)
+
+    def _stream_of(self, url: str) -> Any:
+        if self.cache is not None and is_remote(url):
+            return self.cache.open(url)
+        return fsspec.open(url, "rb")
 
     def _count(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for sample in samples:
@@ -163,6 +171,8 @@ class StreamDataModule(LightningDataModule):
         most_errors: unreadable samples and shards per worker and epoch after which the run ends.
         first_pictures: of the stream, read once and held in memory (3 S^2 bytes each), the same ones on every rank and
             after every resume: what a linear path, the PCA of a report and its classifier know of training pictures.
+        cache_dir: folder that keeps remote shards for the next time they are drawn; None: they are fetched every time.
+        cache_gigabytes: 10^9 bytes that it may hold; the shard that was longest not read is dropped first.
     """
 
     def __init__(
@@ -177,6 +187,8 @@ class StreamDataModule(LightningDataModule):
         seed: int = 0,
         most_errors: int = 100,
         first_pictures: int = 20_000,
+        cache_dir: str | None = None,
+        cache_gigabytes: float = 50.0,
     ) -> None:
         super().__init__()
         if min(batch_size, steps_per_epoch, shuffle_buffer, first_pictures) < 1:
@@ -187,6 +199,7 @@ class StreamDataModule(LightningDataModule):
         self.batch_size, self.image_size, self.steps_per_epoch = batch_size, image_size, steps_per_epoch
         self.shuffle_buffer, self.num_workers, self.seed = shuffle_buffer, num_workers, seed
         self.most_errors, self.first_pictures = most_errors, first_pictures
+        self.cache = ShardCache(cache_dir, int(cache_gigabytes * 1e9)) if cache_dir is not None else None
         self._first: dict[str, Any] | None = None
         self._val = ImageDataModule(val_dir, batch_size, image_size=image_size) if val_dir is not None else None
         self.data_dir, self.val_batch_size = val_dir or "", batch_size
@@ -236,7 +249,7 @@ class StreamDataModule(LightningDataModule):
 
     def _stream(self, rank: int, steps: int | None = None) -> Stream:
         sizes = (self.image_size, self.batch_size, steps or self.steps_per_epoch, self.shuffle_buffer)
-        return Stream(self.urls, *sizes, self.seed, rank, self.most_errors)
+        return Stream(self.urls, *sizes, self.seed, rank, self.most_errors, self.cache)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The val split of `val_dir` in stored order; nothing where there is none."""

@@ -47,6 +47,7 @@ class Classifier(nn.Module):
     """A trunk, D features, and one linear head per slot (stored as one matrix, split by slot)."""
 
     feature_name: str
+    trained_on: int = 0  # different pictures that training has seen
 
     def __init__(self, trunk: nn.Module, feature_dim: int, slots: Slots) -> None:
         super().__init__()

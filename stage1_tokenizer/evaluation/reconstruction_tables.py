@@ -99,8 +99,8 @@ def _main_notes(metrics: Mapping[str, Any], lengths: Sequence[int]) -> list[str]
     if "classifier" in metrics:
         read = metrics["classifier"]
         notes.append(
-            f"Attributes and classes are read by the {read['features']}, which reads {percent(read['real']['all'])} "
-            "of the real pictures right."
+            f"Attributes and classes are read by the {read['features']}, trained on {read['trained_on']:,} pictures, "
+            f"which reads {percent(read['real']['all'])} of the real pictures right."
         )
         if "words" in read:
             words = read["words"]
@@ -253,7 +253,8 @@ def latent_table(report: Report, latents: Mapping[str, Any]) -> None:
         columns,
         [*rows, total],
         "Active: the posterior mean varies by more than 0.01 over pictures. Rate: mean KL of the standardised "
-        "posterior to N(0, 1), an upper bound of the information of the position about the picture." + note,
+        "posterior to N(0, 1), an upper bound of the information of the position about the picture; "
+        f"n = {latents['n']:,}." + note,
     )
 
 

@@ -17,19 +17,24 @@ A distance at finite n is too large by about c / n. `at_infinity` extrapolates a
 unbiased FID", section 4) do: distances at several n, a straight line in 1 / n, its intercept; here with subsets of both
 sides. It may fall a little below 0 where there is no difference.
 
+Distances are of all pictures, from moments of their features; what compares pictures one by one, or subsets, is of a
+sample of at most 10,000 (`held_out.SAMPLE`).
+
 Letters: N pictures, D features.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
-from stage1_tokenizer.evaluation.frechet import FeatureExtractor, frechet_distance, precision_recall
-from stage1_tokenizer.evaluation.picture_data import draw_training
+from stage1_tokenizer.evaluation.frechet import FeatureExtractor, Moments, frechet_distance, precision_recall
+from stage1_tokenizer.evaluation.picture_data import batches
+from stage1_tokenizer.evaluation.picture_set import PictureSet
 from stage2_prior.captions import longest
 from stage2_prior.evaluation.sampling import space_device
 from stage2_prior.latent_space import LatentSpace
@@ -37,42 +42,66 @@ from stage2_prior.latent_space import LatentSpace
 MANY = 200  # pictures below which a distance between two sets says little
 POINTS = 10  # sizes from half of the pictures to all of them, at which the line in 1 / n is fitted
 
-Features = Callable[[Tensor], Tensor]
 
+@dataclass(frozen=True)
+class Twins:
+    """Training pictures that have the captions of held-out ones.
 
-def features_of(extractor: FeatureExtractor, batch_size: int) -> Features:
-    """The features of any number of pictures, taken `batch_size` at a time."""
-    return lambda pictures: torch.cat([extractor.features(part) for part in pictures.split(batch_size)])
+    rows: of the held-out sample. others: the training pictures, and reconstructed: through the tokenizer.
+    """
+
+    rows: list[int]
+    others: PictureSet
+    reconstructed: PictureSet
+
+    @classmethod
+    def of(
+        cls,
+        images: ImageDataModule,
+        captions: Sequence[list[str]],
+        tokenizer: LatentSpace,
+        extractors: Sequence[FeatureExtractor],
+        batch_size: int,
+    ) -> "Twins | None":
+        """None below 200 of them. captions: of the held-out sample."""
+        rows, numbers = same_caption_pairs(images, captions)
+        if len(rows) <= MANY:
+            return None
+        device, every = space_device(tokenizer), range(len(rows))
+        others, reconstructed = PictureSet(extractors, every), PictureSet(extractors, every)
+        for batch in batches(images, "train", numbers, batch_size):
+            pictures = batch["images"].to(device)
+            others.add(pictures)
+            reconstructed.add(tokenizer.decode(tokenizer.posterior(pictures)[0]))
+        return cls(rows, others, reconstructed)
 
 
 def distance_report(
-    features: Features,
-    generated: dict[str, Tensor],
-    recon: Tensor,
-    real: dict[str, Any],
-    images: ImageDataModule,
-    tokenizer: LatentSpace,
+    name: str,
+    real: PictureSet,
+    recon: PictureSet,
+    generated: dict[str, PictureSet],
+    training: Tensor | Moments,
+    twins: Twins | None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every distance of the module's docstring, by name, and precision and recall of `generated` by guidance.
+    """Every distance of the module's docstring, by name, and precision and recall of a sample, by guidance.
 
-    features: pictures (N,3,H,W) in [-1,1] -> (N,D). generated (by guidance), recon: pictures of the rows of `real`, a
-    batch of the val split. `same_captions` is left out below 200 such captions.
+    name: of the features. generated: by guidance; it, recon and real: pictures of the same captions, the same ones in
+    the sample. training: features of as many training pictures, or their moments.
     """
-    n, reference = len(real["images"]), features(real["images"])
-    drawn = {w: features(pictures) for w, pictures in generated.items()}
+    reference, sample = real.moments[name], real.rows(name)
     out: dict[str, Any] = {
-        "n": n,
-        "real_real": frechet_distance(reference, features(draw_training(images, n, seed)["images"])),
-        "reconstruction_real": frechet_distance(reference, features(recon)),
-        "generated_real": {w: frechet_distance(reference, x) for w, x in drawn.items()},
-        "precision_recall": {w: precision_recall(reference, x) for w, x in drawn.items()},
+        "n": real.n,
+        "real_real": frechet_distance(reference, training),
+        "reconstruction_real": frechet_distance(reference, recon.moments[name]),
+        "generated_real": {w: frechet_distance(reference, x.moments[name]) for w, x in generated.items()},
+        "precision_recall": {w: precision_recall(sample, x.rows(name)) for w, x in generated.items()},
     }
-    rows, twins = same_caption_pairs(images, real)
-    if len(rows) > MANY:
-        others = images.samples("train", twins)["images"]
-        sets = {"real_real": features(others), "reconstruction_real": features(reconstruct(tokenizer, others))}
-        out["same_captions"] = _unpaired(reference[rows], sets, {w: x[rows] for w, x in drawn.items()}, seed)
+    if twins is not None:
+        sets = {"real_real": twins.others.rows(name), "reconstruction_real": twins.reconstructed.rows(name)}
+        drawn = {w: x.rows(name)[twins.rows] for w, x in generated.items()}
+        out["same_captions"] = _unpaired(sample[twins.rows], sets, drawn, seed)
     return out
 
 
@@ -106,23 +135,17 @@ def frechet_at_infinity(a: Tensor, b: Tensor, seed: int = 0) -> float:
     return torch.linalg.lstsq(line, torch.tensor(distances).double()[:, None]).solution[0].item()
 
 
-def reconstruct(tokenizer: LatentSpace, images: Tensor, batch_size: int = 250) -> Tensor:
-    """images (N,3,H,W) -> the same through the tokenizer at full length, on the CPU."""
-    device = space_device(tokenizer)
-    return torch.cat([tokenizer.decode(tokenizer.posterior(x.to(device))[0]).cpu() for x in images.split(batch_size)])
-
-
-def same_caption_pairs(images: ImageDataModule, real: dict[str, Any]) -> tuple[list[int], list[int]]:
+def same_caption_pairs(images: ImageDataModule, held_out: Sequence[list[str]]) -> tuple[list[int], list[int]]:
     """Held-out pictures whose caption a training picture has word by word: their rows, and such a picture of each.
 
-    No training picture is taken twice: a held-out caption that has no other left is left out.
+    held_out: their captions. No training picture is taken twice: a held-out caption that has no other left is left out.
     """
     free: dict[str, list[int]] = defaultdict(list)
     for i, captions in reversed(list(enumerate(images.captions("train")))):
         if captions:
             free[longest(captions)].append(i)
     rows, twins = [], []
-    for row, captions in enumerate(real["captions"]):
+    for row, captions in enumerate(held_out):
         if captions and free.get(longest(captions)):
             rows.append(row)
             twins.append(free[longest(captions)].pop())

@@ -15,23 +15,25 @@ from torch import Tensor
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.attributes import LETTER
 from stage1_tokenizer.evaluation.classifier import Classifier
+from stage1_tokenizer.evaluation.picture_data import batches
 
 FEWEST = 20  # captions in a group that is divided further
 
 
 def faithfulness_report(
     classifier: Classifier,
-    pictures: dict[str, Tensor],
+    readings: dict[str, Tensor],
     images: ImageDataModule,
     real: dict[str, Any],
 ) -> dict[str, Any]:
     """Entries `faithfulness` (share right by group, of every set of pictures by name) and `group_sizes`.
 
-    pictures: name -> (N,3,H,W), made for the captions of `real`, a batch of the val split of `images`.
+    readings: name -> (N,S), what the classifier reads in pictures made for the captions of `real`, samples of the val
+    split of `images`.
     """
     groups = caption_groups(classifier, images, real)
     return {
-        "faithfulness": {name: faithfulness(classifier, x, real, groups) for name, x in pictures.items()},
+        "faithfulness": {name: faithfulness(classifier, x, real, groups) for name, x in readings.items()},
         "group_sizes": {name: int(rows.sum()) for name, rows in groups.items()},
     }
 
@@ -43,7 +45,7 @@ def caption_groups(classifier: Classifier, images: ImageDataModule, real: dict[s
     nearly every scene is new. Since more objects make more combinations, and are harder, groups of equally many objects
     are also divided into seen and unseen combinations, where there are enough of both.
     """
-    n = len(real["keys"])
+    n = len(real["attributes"])
     groups = {"all": torch.ones(n, dtype=torch.bool)}
     if all(real["attributes"]):
         counts = {}
@@ -63,19 +65,21 @@ def caption_groups(classifier: Classifier, images: ImageDataModule, real: dict[s
 def _seen(classifier: Classifier, images: ImageDataModule, real: dict[str, Any]) -> Tensor:
     """(N,) bool: some training picture has the same attributes, words aside."""
     compared = torch.tensor([not name.startswith(LETTER) for name in classifier.slots.names])
-    trained = classifier.slots.targets(images.arrays("train")["attributes"])[:, compared]
-    combinations = {tuple(row) for row in trained.tolist()}
+    every = range(len(images.split("train")))
+    combinations: set[tuple[int, ...]] = set()
+    for batch in batches(images, "train", every, images.val_batch_size):
+        trained = classifier.slots.targets(batch["attributes"])[:, compared]
+        combinations |= {tuple(row) for row in trained.tolist()}
     return torch.tensor([tuple(row) in combinations for row in classifier.targets(real)[:, compared].tolist()])
 
 
 def faithfulness(
-    classifier: Classifier, images: Tensor, real: dict[str, Any], groups: dict[str, Tensor]
+    classifier: Classifier, predictions: Tensor, real: dict[str, Any], groups: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Share of pictures (N,3,H,W) in which everything is read right, by group.
+    """Share of pictures in which everything is read right, by group; predictions (N,S): what the classifier reads.
 
     Under "GROUP, without ...", the same without shapes, words (if there are any), or both.
     """
-    predictions = torch.cat([classifier.predict(part).cpu() for part in images.split(250)])
     right = predictions == classifier.targets(real)  # (N,S)
     slots = classifier.slots.names
     out = {name: right[rows].all(dim=1).float().mean().item() for name, rows in groups.items()}

@@ -14,8 +14,11 @@ real ones. Six questions, six kinds of figures:
   is recorded as the prior's `best_length`;
 * what it costs: evaluations of the head and seconds per picture, decoding included.
 
-Same caption and different seeds must give different pictures: their spread is measured and shown. The page is made by
-`generation_page`. Letters: N captions, K latents, C latent channels.
+Same caption and different seeds must give different pictures: their spread is measured and shown. Pictures go by in
+batches and none is kept that is not shown (`generation_pass`), so that 50,000 captions take no more memory than 10,000;
+the report says how much and how long it took. The page is made by `generation_page`.
+
+Letters: N captions, M of them in the sample, K latents, C latent channels.
 """
 
 from pathlib import Path
@@ -26,25 +29,30 @@ from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
 from data.reading.order import spread_rows
+from stage1_tokenizer.evaluation.classifier import Classifier
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, RandomConvFeatures, imagenet_features
 from stage1_tokenizer.evaluation.image_metrics import Skipped
 from stage1_tokenizer.evaluation.judge import load_judge
 from stage1_tokenizer.evaluation.picture_data import draw_training
-from stage1_tokenizer.evaluation.provenance import provenance
+from stage1_tokenizer.evaluation.picture_set import features_of
+from stage1_tokenizer.evaluation.provenance import Cost, provenance
 from stage2_prior.base import Prior
 from stage2_prior.captions import askable
-from stage2_prior.evaluation.captioning_report import captioning_report
-from stage2_prior.evaluation.distances import Features, distance_report, features_of
+from stage2_prior.evaluation.captioning_report import EXAMPLES, captioning_report
+from stage2_prior.evaluation.distances import Twins, distance_report
 from stage2_prior.evaluation.faithfulness import faithfulness_report
-from stage2_prior.evaluation.held_out import HeldOutData, held_out_latents, same_samples
+from stage2_prior.evaluation.generation_pass import Drawn, Originals, Training, draw, neighbour_figures, originals
+from stage2_prior.evaluation.held_out import HeldOut, HeldOutData, Lines
 from stage2_prior.evaluation.lengths import length_report, worthwhile
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
-from stage2_prior.evaluation.neighbours import Bank, neighbour_report, shortest
-from stage2_prior.evaluation.sampling import Sampler, decode_all, device_of
+from stage2_prior.evaluation.neighbours import Bank, shortest
+from stage2_prior.evaluation.sampling import Sampler, device_of
 from stage2_prior.latent_space import LatentSpace
 
+SHOWN = 10  # captions in the grids
 SEEN = 250  # captions of training pictures
+JUDGED = 2000  # pictures among which the judge looks for a caption, at most
 SEEDS = 8  # pictures of one caption, and captions of which so many are drawn
 
 
@@ -100,101 +108,150 @@ class GenerationReport:
 
     def measure(self, prior: Prior, tokenizer: LatentSpace, data: HeldOutData, run_dir: Path) -> Path:
         """As `write`, with a prior in eval mode and without gradients."""
+        cost, device, size = Cost(), device_of(prior), self.batch_size
+        held = HeldOut.of(data, prior.words.ask, self.num_captions, size)
+        images = ImageDataModule(self.images_dir or self.pictures_of(data, run_dir), image_size=tokenizer.image_size)
+        with torch.enable_grad():
+            classifier = report_classifier(images, run_dir, device=device)
+        extractors, skipped = self.extractors(classifier, device)
+        name, shown = extractors[-1].feature_name, self.shown(held)
+        first = originals(held, data, images, tokenizer, extractors, shown, prior.num_latents, size)
+        training = Training.of(images, extractors, len(held.rows), self.seed, size, device)
+        bank = training.bank(name, held, first.real)
+        drawn = {
+            str(w): draw(self.sample, prior, tokenizer, held, w, bank, extractors, shown, w in (1.0, self.guidance))
+            for w in self.guidances
+        }
+        seen = self.seen(prior, tokenizer, extractors[-1], bank, images, len(held.rows))
+        metrics = self.figures(extractors, first, training, drawn, images, tokenizer)
+        z = first.lines.drawn(self.seed)
+        metrics |= {
+            "captions": len(held.asked),
+            "without_caption": held.total - len(held.asked),
+            "latents": {w: spread(each.latents, z) for w, each in drawn.items()},
+            "skipped": [vars(item) for item in skipped],
+            "neighbours": neighbour_figures(drawn, *seen, name),
+        }
+        by_length = {w: each.lengths for w, each in drawn.items() if each.lengths is not None}
+        metrics["lengths"] = {"features": name, **length_report(by_length, first.real.moments[name])}
+        best = worthwhile(metrics["lengths"]["distance"][str(self.guidance)])
+        prior.best_length = best if prior.stops_early else None
+        sets = {w: each.pictures for w, each in drawn.items()} | {"real": first.real, "reconstruction": first.recon}
+        if self.judge is not None and not skipped:
+            rows = spread_rows(len(first.lines.asked), JUDGED)
+            read = {key: pictures.rows(name)[rows] for key, pictures in sets.items()}
+            metrics["judge"] = load_judge(self.judge).verdicts(read, [first.lines.asked[i] for i in rows])
+        if classifier is not None:
+            read = {key: pictures.readings(classifier.feature_name) for key, pictures in sets.items()}
+            metrics |= faithfulness_report(classifier, read, images, held.samples)
+        metrics["cost"] = self.cost(prior, tokenizer, held.asked)
+        metrics["diversity"], same = self.diversity(prior, tokenizer, held.asked)
+        metrics |= self.likelihoods(prior, z.to(device), first.lines)
+        metrics["report_cost"] = cost.so_far()
+        metrics["provenance"] = provenance(self.seed, images.data_dir) | {"cost": cost.text()}
+        return self.write_page(metrics, held, first, drawn, bank, images, same, run_dir)
+
+    def pictures_of(self, data: HeldOutData, run_dir: Path) -> str:
+        """Where the pictures of the held-out samples lie: those that are encoded, or `data/` of the run."""
+        return str(run_dir / "data") if "latents" in data.samples("val", [0]) else data.data_dir
+
+    def extractors(
+        self, classifier: Classifier | None, device: torch.device
+    ) -> tuple[list[FeatureExtractor], list[Skipped]]:
+        """The report's own features and ImageNet's where they are named; without these, what is left out."""
+        own: FeatureExtractor = classifier or RandomConvFeatures().to(device)
+        imagenet = imagenet_features(self.imagenet_weights, device)
+        if not isinstance(imagenet, Skipped):
+            return [own, imagenet], []
+        asked = [] if self.judge is None else [Skipped("judge", imagenet.reason, imagenet.how_to_fix)]
+        return [own], [imagenet, *asked]
+
+    def shown(self, held: HeldOut) -> list[int]:
+        """Numbers of the samples that the page shows: of ten different captions, and the first of the sample."""
+        different = list(dict.fromkeys(held.asked))[:SHOWN]
+        return sorted({*(held.asked.index(caption) for caption in different), *held.sample[:EXAMPLES]})
+
+    def figures(
+        self,
+        extractors: list[FeatureExtractor],
+        first: Originals,
+        training: Training,
+        drawn: dict[str, Drawn],
+        images: ImageDataModule,
+        tokenizer: LatentSpace,
+    ) -> dict[str, Any]:
+        """Distances in every extractor's features; those of the report's own under `distances`."""
+        generated = {w: each.pictures for w, each in drawn.items()}
+        twins = Twins.of(images, first.lines.samples["captions"], tokenizer, extractors, self.batch_size)
+        own = extractors[0].feature_name
+        metrics: dict[str, Any] = {"features": own, "seed": self.seed}
+        for extractor in extractors:
+            name = extractor.feature_name
+            others = training.first(name, first.real.n)
+            report = distance_report(name, first.real, first.recon, generated, others, twins, self.seed)
+            metrics["distances" if name == own else f"distances[{name}]"] = {"features": name} | report
+        return metrics
+
+    def seen(
+        self,
+        prior: Prior,
+        tokenizer: LatentSpace,
+        extractor: FeatureExtractor,
+        bank: Bank,
+        images: ImageDataModule,
+        n: int,
+    ) -> tuple[dict[str, int], int]:
+        """Pictures of n captions of training pictures (at most 250) that are recognised, by guidance, and how many."""
+        train, captions = askable(prior.words.ask, draw_training(images, min(n, SEEN), self.seed))
+        names = [shortest(captions) for captions in train["captions"]]
+        counts = {}
+        for w in self.guidances:
+            pictures = self.sample(prior, tokenizer, captions, w).images.to(device_of(prior))
+            counts[str(w)] = bank.recognised(features_of(extractor, pictures), names)
+        return counts, len(names)
+
+    def write_page(
+        self,
+        metrics: dict[str, Any],
+        held: HeldOut,
+        first: Originals,
+        drawn: dict[str, Drawn],
+        bank: Bank,
+        images: ImageDataModule,
+        same: Tensor,
+        run_dir: Path,
+    ) -> Path:
+        """Write the page and metrics.json; same: pictures (n,seeds,3,H,W) of the first captions."""
         from stage2_prior.evaluation.generation_page import Pictures, headlines, page  # plotting: only this command
 
-        held = held_out_latents(data, tokenizer, self.num_captions, self.batch_size)
-        encoded = data.data_dir if "images" in held else str(run_dir / "data")
-        images = ImageDataModule(self.images_dir or encoded, image_size=tokenizer.image_size)
-        real = same_samples(data, images, held, self.num_captions)
-        total = len(held["keys"])
-        (held, captions), (real, _) = askable(prior.words.ask, held), askable(prior.words.ask, real)
-        with torch.enable_grad():
-            classifier = report_classifier(images, run_dir)
-        extractor: FeatureExtractor = classifier or RandomConvFeatures()
-        imagenet = imagenet_features(self.imagenet_weights, device_of(prior))
-        extractors = [extractor] if isinstance(imagenet, Skipped) else [extractor, imagenet]
-        features = {x.feature_name: features_of(x, self.batch_size) for x in extractors}
-        samples = {w: self.sample(prior, tokenizer, captions, w) for w in self.guidances}
-        recon = decode_all(tokenizer, held["latents"], self.batch_size)
-        mean, std = (held[name][:, : prior.num_latents] for name in ("latents", "latents_std"))
-        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(self.seed))
-        z = mean + std * noise  # as in training
-        generated = {str(w): s.images for w, s in samples.items()}
-        distances = {
-            name: {"features": name} | distance_report(extract, generated, recon, real, images, tokenizer, self.seed)
-            for name, extract in features.items()
-        }
-        metrics: dict[str, Any] = {
-            "captions": len(captions),
-            "without_caption": total - len(captions),
-            "features": extractor.feature_name,
-            "seed": self.seed,
-            "latents": {str(w): spread(s.latents, z) for w, s in samples.items()},
-            "distances": distances.pop(extractor.feature_name),
-            **{f"distances[{name}]": entry for name, entry in distances.items()},
-            "skipped": self.left_out(imagenet),
-        }
-        name, extract = list(features.items())[-1]
-        bank = Bank.of(extract, images, real, self.seed)
-        copies, nearest = self.neighbours(prior, tokenizer, extract, bank, generated, images, real)
-        metrics["neighbours"] = {"features": name, **copies}
-        drawn = {str(w): samples[w].latents for w in sorted({1.0, self.guidance})}
-        asked = [shortest(captions) for captions in real["captions"]]
-        lengths = length_report(extract, bank, asked, tokenizer, drawn, self.batch_size)
-        metrics["lengths"] = {"features": name, **lengths}
-        prior.best_length = worthwhile(lengths["distance"][str(self.guidance)]) if prior.stops_early else None
-        by_name = {**generated, "real": real["images"], "reconstruction": recon}
-        if classifier is not None:
-            metrics |= faithfulness_report(classifier, by_name, images, real)
-        if self.judge is not None and not isinstance(imagenet, Skipped):
-            read = features[imagenet.feature_name]
-            metrics["judge"] = load_judge(self.judge).verdicts({n: read(x).cpu() for n, x in by_name.items()}, captions)
-        metrics["cost"] = self.cost(prior, tokenizer, captions)
-        metrics["diversity"], same = self.diversity(prior, tokenizer, captions)
-        metrics |= self.likelihoods(prior, z.to(device_of(prior)), captions, held)
-        metrics["provenance"] = provenance(self.seed, images.data_dir)
-        pictures = Pictures(captions, real["images"], generated, same, nearest)
+        rows = [held.asked.index(caption) for caption in list(dict.fromkeys(held.asked))[:SHOWN]]
+        last = list(drawn.values())[-1]
+        nearest = images.samples("train", [bank.numbers[last.neighbours.nearest[i]] for i in rows])["images"]
+        pictures = Pictures(
+            captions=[held.asked[i] for i in rows],
+            real=torch.stack([first.real.pictures[i] for i in rows]),
+            generated={w: torch.stack([each.pictures.pictures[i] for i in rows]) for w, each in drawn.items()},
+            same=same,
+            nearest=nearest,
+            read_out=torch.stack([first.real.pictures[i] for i in held.sample[:EXAMPLES]]),
+        )
         figures = headlines(metrics, str(self.guidance))
         metrics["figures"] = [vars(figure) for figure in figures]
         written = page(metrics, pictures, str(self.guidance)).write(run_dir / "generation", metrics)
         print("\n".join([f"generation report: {written}", *map(str, figures)]), flush=True)
         return written
 
-    def left_out(self, imagenet: FeatureExtractor | Skipped) -> list[dict[str, str]]:
-        """What there is no report of without ImageNet's features."""
-        if not isinstance(imagenet, Skipped):
-            return []
-        asked = [] if self.judge is None else [Skipped("judge", imagenet.reason, imagenet.how_to_fix)]
-        return [vars(item) for item in (imagenet, *asked)]
-
-    def neighbours(
-        self,
-        prior: Prior,
-        tokenizer: LatentSpace,
-        features: Features,
-        bank: Bank,
-        generated: dict[str, Tensor],
-        images: ImageDataModule,
-        real: dict[str, Any],
-    ) -> tuple[dict[str, Any], Tensor]:
-        """`neighbour_report`, with pictures drawn for as many captions of training pictures, at most 250."""
-        train = draw_training(images, min(len(real["images"]), SEEN), self.seed)
-        train, captions = askable(prior.words.ask, train)
-        seen = {str(w): self.sample(prior, tokenizer, captions, w).images for w in self.guidances}
-        names = [shortest(captions) for captions in train["captions"]]
-        return neighbour_report(features, bank, generated, real, (seen, names))
-
-    def likelihoods(self, prior: Prior, z: Tensor, captions: list[str], held: dict[str, Any]) -> dict[str, Any]:
-        """What the prior makes of held-out lines z (N,K,C): `nll`, `classification_by_likelihood`, `captioning`."""
+    def likelihoods(self, prior: Prior, z: Tensor, lines: Lines) -> dict[str, Any]:
+        """What the prior makes of held-out lines z (M,K,C): `nll`, `classification_by_likelihood`, `captioning`."""
         metrics: dict[str, Any] = {}
         if self.nll_lines:
-            lines = spread_rows(len(z), self.nll_lines)
-            metrics["nll"] = likelihood_report(prior, z[lines], [captions[i] for i in lines])
+            rows = spread_rows(len(z), self.nll_lines)
+            metrics["nll"] = likelihood_report(prior, z[rows], [lines.asked[i] for i in rows])
         if self.classify_lines:
             metrics["classification_by_likelihood"] = classification_report(
-                prior, z, captions, self.classify_lines, held["labels"], self.seed
+                prior, z, lines.asked, self.classify_lines, lines.samples["labels"], self.seed
             )
-        metrics["captioning"] = captioning_report(prior, z, held["captions"], self.batch_size)
+        metrics["captioning"] = captioning_report(prior, z, lines.samples["captions"], self.batch_size)
         return metrics
 
     def cost(self, prior: Prior, tokenizer: LatentSpace, captions: list[str]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from stage1_tokenizer.evaluation.report import Figure, Report
 
-SHOWN = 10  # captions in the grid by guidance
 HEADLINE_GROUPS = 4
 
 
@@ -19,11 +18,12 @@ HEADLINE_GROUPS = 4
 class Pictures:
     """What the grids show, in [-1, 1]."""
 
-    captions: list[str]  # N
-    real: Tensor  # (N,3,H,W) held-out pictures
-    generated: dict[str, Tensor]  # guidance -> (N,3,H,W)
-    same: Tensor  # (n,seeds,3,H,W) of the first n different captions
-    nearest: Tensor  # (N,3,H,W) training pictures nearest to those of the largest guidance
+    captions: list[str]  # n different ones
+    real: Tensor  # (n,3,H,W) held-out pictures
+    generated: dict[str, Tensor]  # guidance -> (n,3,H,W)
+    same: Tensor  # (at most n,seeds,3,H,W) of the first captions
+    nearest: Tensor  # (n,3,H,W) training pictures nearest to those of the largest guidance
+    read_out: Tensor  # (m,3,H,W) held-out pictures whose captions are read out
 
 
 def page(metrics: Mapping[str, Any], pictures: Pictures, guidance: str) -> Report:
@@ -195,18 +195,17 @@ def _left_out(report: Report, metrics: Mapping[str, Any]) -> None:
 
 def _grids(report: Report, reading: Mapping[str, Any], pictures: Pictures) -> None:
     captions = pictures.captions
-    different = list(dict.fromkeys(captions))
     columns = ["held-out picture", *(f"guidance {float(w):g}" for w in pictures.generated)]
     sets = [pictures.real, *pictures.generated.values()]
-    rows = [(c, [x[captions.index(c)][None] for x in sets]) for c in different[:SHOWN]]
-    report.grid("Captions by guidance", columns, rows)
-    last = sets[-1]
-    beside = [
-        (c, [last[captions.index(c)][None], pictures.nearest[captions.index(c)][None]]) for c in different[:SHOWN]
-    ]
+
+    def rows(*columns: Tensor) -> list[tuple[str, list[Tensor]]]:
+        return [(caption, [column[i : i + 1] for column in columns]) for i, caption in enumerate(captions)]
+
+    report.grid("Captions by guidance", columns, rows(*sets))
+    beside = rows(sets[-1], pictures.nearest)
     report.grid("Nearest training picture", [columns[-1], "nearest training picture"], beside)
     if reading:
-        read = zip(reading["examples"], pictures.real.split(1), strict=False)
+        read = zip(reading["examples"], pictures.read_out.split(1), strict=False)
         report.grid("Captions read out", ["held-out picture"], [(caption, [picture]) for caption, picture in read])
-    strips = [(c, [same]) for c, same in zip(different, pictures.same, strict=False)]
+    strips = [(c, [same]) for c, same in zip(captions, pictures.same, strict=False)]
     report.grid("One caption, eight seeds", [""], strips)

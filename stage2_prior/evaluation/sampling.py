@@ -5,6 +5,7 @@ Letters: N captions, K latents, C latent channels.
 
 import copy
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,24 +40,30 @@ class Sampler:
     seed: int = 0
     solver: Solver | None = None
 
-    @torch.no_grad()
     def __call__(
         self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float | Guidance
     ) -> Samples:
-        """Latents and pictures of all captions; matrix products in bfloat16 where that is fast."""
+        """Latents and pictures of all captions."""
+        start = time.perf_counter()
+        latents, pictures = zip(*self.batches(prior, tokenizer, captions, guidance), strict=True)
+        return Samples(torch.cat(latents), torch.cat(pictures), time.perf_counter() - start)
+
+    @torch.no_grad()
+    def batches(
+        self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float | Guidance
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batch by batch; matrix products in bfloat16 where that is fast."""
         device = device_of(prior)
         generator = torch.Generator(device=device).manual_seed(self.seed)
         dtype = matmul_dtype(device)
         if dtype != torch.float32:
             prior = copy.deepcopy(prior).hold(dtype)  # else every call of every layer converts its weights
-        start, latents, pictures = time.perf_counter(), [], []
         for at in range(0, len(captions), self.batch_size):
             asked = captions[at : at + self.batch_size]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 z = prior.sample(asked, guidance, self.steps, generator=generator, solver=self.solver)
-                pictures.append(tokenizer.decode(z, generator).cpu())
-            latents.append(z.cpu())
-        return Samples(torch.cat(latents), torch.cat(pictures), time.perf_counter() - start)
+                pictures = tokenizer.decode(z, generator).cpu()
+            yield z.cpu(), pictures
 
 
 def space_device(tokenizer: LatentSpace) -> torch.device:

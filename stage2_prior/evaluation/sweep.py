@@ -21,16 +21,17 @@ import torch
 from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule, LatentDataModule
+from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.classifier import Classifier
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, RandomConvFeatures, frechet_distance
+from stage1_tokenizer.evaluation.picture_set import features_of
 from stage1_tokenizer.evaluation.provenance import provenance
 from stage1_tokenizer.evaluation.report import Report
 from stage1_tokenizer.precision import default_device
 from stage1_tokenizer.spec import build
 from stage2_prior.base import Prior
 from stage2_prior.captions import askable
-from stage2_prior.evaluation.distances import features_of
 from stage2_prior.evaluation.faithfulness import caption_groups, faithfulness
 from stage2_prior.evaluation.held_out import same_samples
 from stage2_prior.evaluation.sampling import Sampler, Samples
@@ -74,23 +75,26 @@ class Cell:
 class Judge:
     """Held-out captions with their pictures, and the figures of pictures that are made for them."""
 
-    def __init__(self, prior: Prior, image_size: int, run_dir: Path, num_captions: int, batch_size: int) -> None:
+    def __init__(self, prior: Prior, image_size: int, run_dir: Path, num_captions: int) -> None:
         latents = LatentDataModule(str(run_dir / "latents"))
         images = ImageDataModule(str(run_dir / "data"), image_size=image_size)
-        held = latents.arrays("val", num_captions)
-        self.real, _ = askable(prior.words.ask, same_samples(latents, images, held, num_captions))
+        rows = spread_rows(len(latents.split("val")), num_captions)
+        held = latents.samples("val", rows)
+        self.real, _ = askable(prior.words.ask, same_samples(latents, images, rows, held["keys"]))
         self.captions = askable(prior.words.ask, held)[1]
         self.classifier: Classifier | None = report_classifier(images, run_dir)
         self.groups = {} if self.classifier is None else caption_groups(self.classifier, images, self.real)
-        extractor: FeatureExtractor = self.classifier or RandomConvFeatures()
-        self.feature_name, self.features = extractor.feature_name, features_of(extractor, batch_size)
-        self.reference: Tensor = self.features(self.real["images"])
+        self.extractor: FeatureExtractor = self.classifier or RandomConvFeatures()
+        self.reference: Tensor = features_of(self.extractor, self.real["images"])
 
     def figures(self, samples: Samples) -> dict[str, float]:
         """frechet, images_per_second and, with a classifier, the share with everything right."""
-        figures = {"frechet": frechet_distance(self.reference, self.features(samples.images))}
+        features = features_of(self.extractor, samples.images)
+        figures = {"frechet": frechet_distance(self.reference, features)}
         if self.classifier is not None:
-            figures["right"] = faithfulness(self.classifier, samples.images, self.real, self.groups)["all"]
+            figures["right"] = faithfulness(self.classifier, self.classifier.read(features), self.real, self.groups)[
+                "all"
+            ]
         return figures | {"images_per_second": len(self.captions) / samples.seconds}
 
 
@@ -115,7 +119,7 @@ def sweep(
     methods = solvers_of(solvers)
     for solver, n in itertools.product(methods.values(), steps):
         prior.num_evaluations(n, solver)  # refuses what a solver or a head cannot do before anything is sampled
-    judge = Judge(prior, tokenizer.image_size, run_dir, num_captions, batch_size)
+    judge = Judge(prior, tokenizer.image_size, run_dir, num_captions)
     cells = []
     for (name, solver), n, w in itertools.product(methods.items(), steps, guidances):
         by_seed = []
@@ -127,13 +131,13 @@ def sweep(
     compare(cells)
     metrics = {
         "captions": len(judge.captions),
-        "features": judge.feature_name,
+        "features": judge.extractor.feature_name,
         "seeds": seeds,
         "cells": [cell.metrics() for cell in cells],
         "schedule": schedule,
         "interval": list(interval),
     }
-    return page(cells, judge.feature_name, len(judge.captions), seeds).write(run_dir / "sweep", metrics)
+    return page(cells, judge.extractor.feature_name, len(judge.captions), seeds).write(run_dir / "sweep", metrics)
 
 
 def schedule_of(path: str, scale: float, interval: Sequence[float]) -> Guidance:

@@ -51,6 +51,20 @@ def test_a_fit_follows_its_seed_and_leaves_the_random_state_alone() -> None:
     assert torch.equal(one.components, same.components) and not torch.equal(one.components, other.components)
 
 
+def test_large_pictures_have_the_same_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few large pictures they come from the products between pictures, in the place of these."""
+    images, held_out = correlated(100), correlated(20, seed=1)
+    usual, before = PCA.fit(images, 120), images.clone()
+    monkeypatch.setattr("stage1_tokenizer.pca.LARGE", 0)
+    monkeypatch.setattr("stage1_tokenizer.pca.BLOCK", 50)
+    large = PCA.fit(images, 120)
+    assert torch.equal(images, before) and large.num_floats == usual.num_floats == 99
+    torch.testing.assert_close(large.explained, usual.explained, rtol=1e-3, atol=1e-7)
+    for floats in (1, 10, 99):
+        wanted = usual.reconstruct(held_out, floats)
+        torch.testing.assert_close(large.reconstruct(held_out, floats), wanted, rtol=0, atol=1e-3)
+
+
 def test_few_pictures_give_few_floats() -> None:
     pca = PCA.fit(correlated(10), 64)
     assert pca.num_floats == 9

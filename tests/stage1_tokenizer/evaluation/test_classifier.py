@@ -12,6 +12,7 @@ from stage1_tokenizer.evaluation.attributes import Slots
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier, LabelClassifier, slot_accuracy
 from stage1_tokenizer.evaluation.classifier_fit import (
     Budget,
+    _backward,
     fit_classifier,
     load_classifier,
     report_classifier,
@@ -118,6 +119,34 @@ def test_a_report_classifier_knows_classes_behind_its_limit(tmp_path: Path, monk
     monkeypatch.setattr("stage1_tokenizer.evaluation.classifier_fit.TRAINING_PICTURES", 60)
     classifier = report_classifier(Data(tmp_path, colours(80)), tmp_path, budget=Budget(1, 60, batch_size=8))
     assert classifier is not None and classifier.slots.sizes == [3]
+
+
+def test_pictures_of_a_report_classifier_are_read_and_not_held(tmp_path: Path) -> None:
+    data, asked = Data(tmp_path, colours(80)), []
+    read = data.samples
+    data.samples = lambda split, rows: asked.append(len(rows)) or read(split, rows)  # type: ignore[method-assign, func-returns-value]
+    classifier = report_classifier(data, tmp_path, budget=Budget(3, 60, batch_size=16))
+    assert classifier is not None and classifier.trained_on == 48 and max(asked) == 64, (
+        "what names classes, and no more"
+    )
+    again = report_classifier(data, tmp_path)
+    assert again is not None and again.trained_on == 48
+
+
+def test_a_batch_of_large_pictures_goes_through_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient is that of the whole batch, but for what batch norm sees."""
+    module = "stage1_tokenizer.evaluation.classifier_fit"
+    data, seen, gradients = colours(16), [], []
+    classifier = LabelClassifier(Slots({"class": ["0", "1", "2"]}), width=8)
+    classifier.trunk.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    for pixels in (2**19, 16 * 16 * 16):
+        monkeypatch.setattr(f"{module}.PIXELS", pixels)
+        classifier.zero_grad()
+        bias = classifier.heads.bias
+        _backward(classifier.eval(), data["images"], data["labels"][:, None], torch.Generator().manual_seed(0))
+        gradients.append(bias.grad.clone())  # type: ignore[union-attr]
+    assert seen == [48, 16, 16, 16]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0.2, atol=0.02)  # parts are shifted by other draws
 
 
 def test_augmentation_moves_pictures_and_keeps_their_pixels() -> None:

@@ -149,6 +149,7 @@ def test_metrics_file_holds_the_same_figures(made: tuple[dict[str, Any], Path, F
     assert kept["frechet[attribute-classifier]"]["n"] == metrics["num_images"]
     assert {item["name"] for item in kept["skipped"]} >= {"frechet[inception-v3-compat]"}
     assert kept["retrieval"]["long"]["chance"]["1"] > 0
+    assert kept["cost"]["seconds"] > 0 and 0.1 < kept["cost"]["gigabytes"] < 50
 
 
 def test_page_stands_alone(made: tuple[dict[str, Any], Path, FakeData]) -> None:
@@ -159,6 +160,7 @@ def test_page_stands_alone(made: tuple[dict[str, Any], Path, FakeData]) -> None:
     assert references.loaded and all(value.startswith("data:image/png;base64,") for value in references.loaded)
     assert "http" not in page and "url(" not in page and "script" not in references.tags
     assert {"h1", "table", "img", "dl"} <= set(references.tags)
+    assert "GB at most" in page and "n = 24" in page and "trained on 32 pictures" in page
     assert list((folder / "reconstruction").glob("*.png"))
 
 

@@ -113,17 +113,18 @@ def test_a_part_is_spread_over_the_split_and_has_its_pictures(scenes: Path, whol
     stored, total = keys(scenes)["val"], len(keys(scenes)["val"])
     held = latents.arrays("val", 8)
     assert held["keys"] == [stored[i * total // 8] for i in range(8)]
-    found = same_samples(latents, images, held, 8)
+    rows = [i * total // 8 for i in range(8)]
+    found = same_samples(latents, images, rows, held["keys"])
     assert found["keys"] == held["keys"] and found["images"].shape == (8, 3, 16, 16)
     held["keys"][3] = "another"
     with pytest.raises(DataError, match="of different samples"):
-        same_samples(latents, images, held, 8)
+        same_samples(latents, images, rows, held["keys"])
     with LatentShardWriter(tmp_path, "val") as writer:
         for key in stored[:5]:
             writer.write(key, torch.zeros(K, C), torch.ones(K, C), ["a caption"], {})
     write_latent_manifest(tmp_path, K, C, "0123456789abcdef")
     few = LatentDataModule(str(tmp_path))
-    assert same_samples(few, images, few.arrays("val", 8), 8)["keys"] == stored[:5]
+    assert same_samples(few, images, list(range(5)), few.arrays("val", 8)["keys"])["keys"] == stored[:5]
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 5, 9])  # batches; a shard takes three

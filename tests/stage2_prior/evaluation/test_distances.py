@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from stage1_tokenizer.evaluation.frechet import frechet_distance
+from stage1_tokenizer.evaluation.picture_set import PictureSet
 from stage2_prior.evaluation import distances
-from stage2_prior.evaluation.distances import distance_report, frechet_at_infinity
+from stage2_prior.evaluation.distances import Twins, distance_report, frechet_at_infinity
 
 D = 16
 
@@ -48,6 +49,22 @@ class Pictures:
         return {"images": self.train[rows]}
 
 
+class Pixels:
+    """Pixels as features."""
+
+    feature_name = "pixels"
+
+    def features(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def set_of(images: Tensor) -> PictureSet:
+    pictures = PictureSet([Pixels()], range(len(images)))
+    for part in images.split(13):
+        pictures.add(part)
+    return pictures
+
+
 class Blur(torch.nn.Module):
     """A tokenizer that loses what `keep` says."""
 
@@ -68,9 +85,11 @@ def test_same_captions_compare_like_with_like(keep: float, monkeypatch: pytest.M
     """With a tokenizer that loses nothing, reconstructions of other pictures are at the distance of those pictures."""
     monkeypatch.setattr(distances, "MANY", 10)
     pictures, held = Pictures(), torch.rand(60, 3, 2, 2, generator=torch.Generator().manual_seed(4))
-    real = {"images": held, "captions": [[str(i)] for i in range(60)]}  # 40 to 59 are of no training picture
-    generated = {"2.0": pictures.train[:60]}  # a perfect sampler: another real picture of each caption
-    report = distance_report(lambda x: x.flatten(1), generated, held * keep, real, pictures, Blur(keep))  # type: ignore[arg-type]
+    captions = [[str(i)] for i in range(60)]  # 40 to 59 are of no training picture
+    generated = {"2.0": set_of(pictures.train[:60])}  # a perfect sampler: another real picture of each caption
+    twins = Twins.of(pictures, captions, Blur(keep), [Pixels()], 16)  # type: ignore[arg-type]
+    others = pictures.train.flatten(1)[:60]
+    report = distance_report("pixels", set_of(held), set_of(held * keep), generated, others, twins)
     same = report["same_captions"]
     assert report["n"] == 60 and same["n"] == 40
     if keep == 1:

@@ -118,7 +118,7 @@ def test_fit_exports_a_prior_of_these_latents(run_dir: Path) -> None:
 
 
 def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def quick(images: ImageDataModule, run: Path) -> AttributeClassifier:
+    def quick(images: ImageDataModule, run: Path, device: torch.device) -> AttributeClassifier:
         data = images.arrays("train")
         classifier = AttributeClassifier(generation_slots(data), SIZE, width=8, feature_dim=16)
         fit_classifier(classifier, data, Budget(steps=2, seconds=20), seed=0)
@@ -207,7 +207,7 @@ def test_pairs_of_one_caption_are_found(run_dir: Path) -> None:
     train, real = images.arrays("train"), images.arrays("val")
     real["captions"][3] = real["captions"][4] = train["captions"][5]
     supply = sum(longest(c) == longest(train["captions"][5]) for c in train["captions"])
-    rows, twins = distances.same_caption_pairs(images, real)
+    rows, twins = distances.same_caption_pairs(images, real["captions"])
     assert 3 in rows and (4 in rows) == (supply > 1)
     assert len(set(twins)) == len(twins)  # no training picture stands for two
     for row, twin in zip(rows, twins, strict=True):
@@ -215,7 +215,7 @@ def test_pairs_of_one_caption_are_found(run_dir: Path) -> None:
 
 
 def test_a_prior_without_a_density_says_so(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "report_classifier", lambda images, run: None)
+    monkeypatch.setattr(generation, "report_classifier", lambda *_, **__: None)
     prior = Prior.from_pretrained(run_dir / "prior")
     assert isinstance(prior, CausalPrior)
     prior.head = MSEHead(C, 32)
@@ -241,7 +241,7 @@ class MeanColour:
 def test_a_judge_of_captions_stands_beside_what_it_finds_in_real_pictures(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "report_classifier", lambda images, run: None)
+    monkeypatch.setattr(generation, "report_classifier", lambda *_, **__: None)
     monkeypatch.setattr(generation, "imagenet_features", lambda weights, device: MeanColour())
     judge = CaptionJudge(WordTower(CaptionVocabulary(64, 24), 16, 16))
     train = ImageDataModule(str(run_dir / "data"), image_size=SIZE).arrays("train")
@@ -338,7 +338,7 @@ def test_pictures_of_another_size_or_tokenizer_are_refused(
 def test_report_from_pictures_equals_that_from_latents(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "report_classifier", lambda images, run: None)
+    monkeypatch.setattr(generation, "report_classifier", lambda *_, **__: None)
     prior, space = Prior.from_pretrained(run_dir / "prior"), load_space(run_dir / "tokenizer")
     report = GenerationReport(num_captions=16, batch_size=16, guidances=[1.0], nll_lines=2, classify_lines=0)
     for name, data in (

@@ -1,0 +1,73 @@
+"""What a report keeps of a set of pictures that goes by in batches: numbers, and the pixels of the few that are shown.
+
+    pictures = PictureSet(extractors, sample=spread_rows(50_000, 2_000), shown=range(8))
+    for images in ...: pictures.add(images)
+    frechet_distance(pictures.moments[name], others.moments[name])
+
+Of all pictures: the moments of their features (D + D^2 sums), and what a classifier among the extractors reads in them.
+Of a sample: their features, one row each, for what moments do not give (neighbours, subsets). So memory does not grow
+with the number of pictures but for the readings, two bytes for each thing that is read.
+
+Letters: N pictures, M of them in the sample, D features, S slots (things that are read).
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.evaluation.classifier import Classifier
+from stage1_tokenizer.evaluation.frechet import FeatureExtractor, ImageNetFeatures, Moments
+
+PIXELS = 2**20  # of pictures whose features are taken at once: 1,024 pictures at 32 pixels, 16 at 256
+
+
+@torch.inference_mode()
+def features_of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) -> features (B, D) on the CPU, a few at a time: maps of large pictures are large."""
+    size = max(1, PIXELS // (images.shape[-1] * images.shape[-2]))
+    return torch.cat([extractor.features(part).cpu() for part in images.split(size)])
+
+
+class PictureSet:
+    """Takes in pictures batch by batch.
+
+    Args:
+        extractors: of features.
+        sample: numbers of the pictures, in the order in which they come, whose features are kept one by one.
+        shown: numbers of the pictures whose pixels are kept.
+    """
+
+    def __init__(
+        self, extractors: Sequence[FeatureExtractor], sample: Collection[int] = (), shown: Collection[int] = ()
+    ) -> None:
+        self.extractors, self.sample, self.shown, self.n = list(extractors), set(sample), set(shown), 0
+        self.moments = {x.feature_name: Moments() for x in extractors}
+        self._rows: dict[str, list[Tensor]] = {x.feature_name: [] for x in extractors}
+        self._readings: dict[str, list[Tensor]] = {x.feature_name: [] for x in extractors}
+        self.pictures: dict[int, Tensor] = {}  # number -> (3, H, W), of those that are shown
+
+    def add(self, images: Tensor) -> dict[str, Tensor]:
+        """Take in pictures (B, 3, H, W) in [-1, 1]; returns their features (B, D) by extractor."""
+        sampled = [i for i in range(len(images)) if self.n + i in self.sample]
+        self.pictures |= {self.n + i: images[i].cpu().clone() for i in range(len(images)) if self.n + i in self.shown}
+        features = {x.feature_name: features_of(x, images) for x in self.extractors}
+        for x in self.extractors:
+            own = features[x.feature_name]
+            self.moments[x.feature_name].add(own)
+            if sampled:
+                self._rows[x.feature_name].append(own[sampled])
+            if isinstance(x, (Classifier, ImageNetFeatures)):
+                with torch.inference_mode():
+                    device = x.heads.weight.device if isinstance(x, Classifier) else own.device
+                    self._readings[x.feature_name].append(x.read(own.to(device)).cpu().to(torch.int16))
+        self.n += len(images)
+        return features
+
+    def rows(self, name: str) -> Tensor:
+        """Features (M, D) of the sample."""
+        return torch.cat(self._rows[name])
+
+    def readings(self, name: str) -> Tensor:
+        """What a classifier reads, (N, S) class indices."""
+        return torch.cat(self._readings[name]).long()

@@ -1,0 +1,150 @@
+"""The passes of a generation report: held-out pictures, training pictures, and what is drawn at each guidance scale.
+
+Pictures go by in batches, and none is kept that is not shown: of all of them moments of features and what a classifier
+reads, of a sample of at most 10,000 features and latents (`picture_set`, `held_out`).
+
+Letters: N captions, M of them in the sample, K latents, C latent channels, D features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.evaluation.frechet import FeatureExtractor, Moments
+from stage1_tokenizer.evaluation.picture_data import batches, chosen, training_rows
+from stage1_tokenizer.evaluation.picture_set import PictureSet
+from stage2_prior.base import Prior
+from stage2_prior.evaluation import neighbours
+from stage2_prior.evaluation.held_out import HeldOut, HeldOutData, Lines
+from stage2_prior.evaluation.lengths import Lengths
+from stage2_prior.evaluation.neighbours import Bank, Neighbours, shortest
+from stage2_prior.evaluation.sampling import Sampler, space_device
+from stage2_prior.latent_space import LatentSpace
+
+
+@dataclass(frozen=True)
+class Originals:
+    """Held-out pictures, what the tokenizer makes of them, and latents of the sample."""
+
+    real: PictureSet
+    recon: PictureSet
+    lines: Lines
+
+
+def originals(
+    held: HeldOut,
+    data: HeldOutData,
+    images: ImageDataModule,
+    tokenizer: LatentSpace,
+    extractors: Sequence[FeatureExtractor],
+    shown: Sequence[int],
+    num_latents: int,
+    batch_size: int,
+) -> Originals:
+    """One pass over the held-out samples. num_latents: of a line that the prior models."""
+    device, in_sample = space_device(tokenizer), set(held.sample)
+    real, recon = (PictureSet(extractors, held.sample, shown) for _ in range(2))
+    kept = []
+    for mean, std, pictures in held.batches(data, images, tokenizer, batch_size):
+        own = [i for i in range(len(mean)) if real.n + i in in_sample]
+        kept.append((mean[own, :num_latents], std[own, :num_latents]))
+        real.add(pictures.to(device))
+        recon.add(tokenizer.decode(mean.to(device)))
+    mean, std = (torch.cat(x) for x in zip(*kept, strict=True))
+    asked = [held.asked[i] for i in held.sample]
+    return Originals(real, recon, Lines(mean, std, asked, chosen(held.samples, held.sample)))
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training pictures drawn at random: features (M,D) of up to 20,000 by extractor, and moments of all."""
+
+    pictures: PictureSet
+    numbers: list[int]
+    names: list[str]  # the shortest caption of each
+
+    @classmethod
+    def of(
+        cls,
+        images: ImageDataModule,
+        extractors: Sequence[FeatureExtractor],
+        n: int,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> "Training":
+        """n pictures, or as many as are looked through, whichever is more; features are taken on `device`."""
+        numbers = training_rows(images, max(n, neighbours.TRAINING), seed)
+        pictures, names = PictureSet(extractors, range(neighbours.TRAINING)), []
+        for batch in batches(images, "train", numbers, batch_size):
+            pictures.add(batch["images"].to(device))
+            names += [shortest(captions) for captions in batch["captions"]]
+        return cls(pictures, numbers, names)
+
+    def first(self, name: str, n: int) -> Tensor | Moments:
+        """Features of the first n, or moments where these are all there are."""
+        return self.pictures.rows(name)[:n] if n < self.pictures.n else self.pictures.moments[name]
+
+    def bank(self, name: str, held: HeldOut, real: PictureSet) -> Bank:
+        """These and the held-out sample, to look through."""
+        trained, others = self.pictures.rows(name), real.rows(name)
+        number, own = len(trained), chosen(held.samples, held.sample)["captions"]
+        names = [*self.names[:number], *map(shortest, own)]
+        numbers = [*self.numbers[:number], *(held.rows[i] for i in held.sample)]
+        return Bank(torch.cat([trained, others]), names, torch.arange(number + len(others)) < number, numbers)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn from the held-out captions at one guidance scale."""
+
+    pictures: PictureSet
+    latents: Tensor  # (M,K,C) of the sample
+    neighbours: Neighbours
+    lengths: Lengths | None
+
+
+def draw(
+    sampler: Sampler,
+    prior: Prior,
+    tokenizer: LatentSpace,
+    held: HeldOut,
+    guidance: float,
+    bank: Bank,
+    extractors: Sequence[FeatureExtractor],
+    shown: Sequence[int],
+    by_length: bool,
+) -> Drawn:
+    """One pass over the captions; neighbours and lengths are looked at in the features of the last extractor.
+
+    by_length: whether lines are also decoded from their first latents.
+    """
+    last, device, in_sample = extractors[-1], space_device(tokenizer), set(held.sample)
+    pictures, near = PictureSet(extractors, held.sample, shown), Neighbours(bank, shown)
+    lengths = Lengths(last, bank, tokenizer, prior.num_latents) if by_length else None
+    names, latents = [shortest(captions) for captions in held.samples["captions"]], []
+    for z, images in sampler.batches(prior, tokenizer, held.asked, guidance):
+        at = pictures.n
+        asked = names[at : at + len(z)]
+        near.add(pictures.add(images.to(device))[last.feature_name], asked)
+        if lengths is not None:
+            lengths.add(z, asked)
+        latents.append(z[[i for i in range(len(z)) if at + i in in_sample]])
+    return Drawn(pictures, torch.cat(latents), near, lengths)
+
+
+def neighbour_figures(drawn: dict[str, Drawn], seen: dict[str, int], num_seen: int, features: str) -> dict[str, Any]:
+    """Shares by guidance. seen: recognised pictures of `num_seen` captions of training pictures."""
+    near = {w: each.neighbours for w, each in drawn.items()}
+    return {
+        "features": features,
+        "n": next(iter(near.values())).n,
+        "n_seen": num_seen,
+        "recognised": {w: x.recognised / x.n for w, x in near.items()},
+        "recognised_seen": {w: count / num_seen for w, count in seen.items()},
+        "nearer_to_training": {w: x.nearer / x.n for w, x in near.items()},
+    }
