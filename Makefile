@@ -83,7 +83,7 @@ reading: setup
 		$(foreach name,draws reads reads_longer draws_backwards,--runs $(name) $(SEEDS:%=runs/reading/$(name)_%))
 
 test: setup
-	python -m pytest -n 2 --dist worksteal
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: setup
 	python -m tests.benchmarks
