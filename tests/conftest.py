@@ -10,7 +10,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
-
 LONG = ("test_end_to_end", "test_ranks", "test_faults", "test_overlays", "test_readme", "test_engines", "test_models")
 
 
