@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -30,8 +31,9 @@ LEAST_ALLOWED = 1 << 26  # numbers that a module may hold besides its export: ca
 LEAST_PARTS = 2_000  # tensors and modules
 ELEMENTWISE = {
     *("mul", "div", "add", "sub", "rsub", "pow", "neg", "exp", "log", "sin", "cos", "sqrt", "__rmul__", "__radd__"),
-    *("__rsub__", "__rpow__", "lt", "le", "gt", "ge", "tril", "triu", "cumsum"),
+    *("__rsub__", "__rpow__", "tril", "triu", "cumsum"),
 }
+COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}
 IN_PLACE = {"normal_", "uniform_", "zero_", "fill_", "mul_", "div_", "add_", "clamp_", "erfinv_"}
 
 M = TypeVar("M", bound=nn.Module)
@@ -163,8 +165,10 @@ class ShapesOnly(TorchFunctionMode):
         kwargs = kwargs or {}
         name, tensors = getattr(func, "__name__", ""), [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if tensors and all(tensor.is_meta for tensor in tensors):
-            if name in ELEMENTWISE:
-                return torch.empty(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)), device="meta")
+            if name in ELEMENTWISE or name in COMPARISONS:
+                shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+                dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+                return torch.empty(shape, dtype=torch.bool if name in COMPARISONS else dtype, device="meta")
             if name in IN_PLACE:
                 return tensors[0]
         return func(*args, **kwargs)

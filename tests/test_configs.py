@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.export import ShapesOnly
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
 from stage2_prior.training.latent_data import PriorDataModule
 from stage2_prior.training.lit_prior import LitPrior
@@ -27,7 +28,7 @@ class BuildOnly(Parsed):
     """Parses and builds as the command line does, on the meta device."""
 
     def instantiate_classes(self) -> None:
-        with torch.device("meta"):
+        with torch.device("meta"), ShapesOnly():  # as an export is looked at before it is loaded
             super().instantiate_classes()
 
 
