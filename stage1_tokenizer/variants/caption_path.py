@@ -2,9 +2,9 @@
 
 What principal components are to pixels, canonical components are to captions: of all linear readings of a classifier's
 features the ones that correlate most with which words a picture's captions have (Hotelling 1936; on pictures and words
-Hardoon et al. 2004). Some thousand pictures teach a network few words within hours; the closed form has them before the
-first step, in a few channels of the first latents that principal components leave free. Pixels pay for it: what these
-channels held moves back in the line.
+Hardoon et al. 2004). Some thousand pictures teach a network few words in an hour; the closed form needs no steps. It
+fills a few channels of the first latents that principal components leave free. Pixels pay for it: what these channels
+held moves back in the line. How much of a caption so few channels hold has not been measured yet (LOG, 2026-11-27).
 
 Letters: B batch, K latents, C latent channels, D features, V words, F channels kept free.
 """

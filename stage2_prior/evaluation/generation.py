@@ -108,6 +108,7 @@ class GenerationReport:
 
     def measure(self, prior: Prior, tokenizer: LatentSpace, data: HeldOutData, run_dir: Path) -> Path:
         """As `write`, with a prior in eval mode and without gradients."""
+        judge = None if self.judge is None else load_judge(self.judge)  # a wrong folder is said before the sampling
         cost, device, size = Cost(), device_of(prior), self.batch_size
         held = HeldOut.of(data, prior.words.ask, self.num_captions, size)
         images = ImageDataModule(self.images_dir or self.pictures_of(data, run_dir), image_size=tokenizer.image_size)
@@ -137,10 +138,10 @@ class GenerationReport:
         best = worthwhile(metrics["lengths"]["distance"][str(self.guidance)])
         prior.best_length = best if prior.stops_early else None
         sets = {w: each.pictures for w, each in drawn.items()} | {"real": first.real, "reconstruction": first.recon}
-        if self.judge is not None and not skipped:
+        if judge is not None and not skipped:
             rows = spread_rows(len(first.lines.asked), JUDGED)
             read = {key: pictures.rows(name)[rows] for key, pictures in sets.items()}
-            metrics["judge"] = load_judge(self.judge).verdicts(read, [first.lines.asked[i] for i in rows])
+            metrics["judge"] = judge.verdicts(read, [first.lines.asked[i] for i in rows])
         if classifier is not None:
             read = {key: pictures.readings(classifier.feature_name) for key, pictures in sets.items()}
             metrics |= faithfulness_report(classifier, read, images, held.samples)
