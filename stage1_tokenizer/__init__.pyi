@@ -35,7 +35,6 @@ from .training.losses import (
     StructureLoss as StructureLoss,
 )
 from .variants.alignment import FeatureAlignment as FeatureAlignment
-from .variants.caption_path import CaptionPath as CaptionPath
 from .variants.convolutional import ConvDecoder as ConvDecoder, ConvTrunk as ConvTrunk
 from .variants.flow_decoder import FlowDecoder as FlowDecoder
 from .variants.joined_trunks import JoinedTrunks as JoinedTrunks

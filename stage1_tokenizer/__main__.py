@@ -4,7 +4,6 @@
     python -m stage1_tokenizer reconstruct --tokenizer DIR photo.jpg --latents 1 2 4 8 --out grid.png
     python -m stage1_tokenizer export_onnx --tokenizer DIR --out DIR
     python -m stage1_tokenizer glyphs --tokenizer DIR --data SHARDS --out DIR
-    python -m stage1_tokenizer readers --tokenizer DIR --data SHARDS
     python -m stage1_tokenizer judge --data SHARDS --image_size 64 --out DIR
 
 The first four are Lightning's; the others load no config.
@@ -25,7 +24,6 @@ OF_RUNS = {
 OTHERS = {  # command -> its module, what it does
     "reconstruct": ("stage1_tokenizer.evaluation.reconstruct", "pictures from their first k latents, as one grid"),
     "export_onnx": ("stage1_tokenizer.graphs", "write encode.onnx and decode.onnx for programs without torch"),
-    "readers": ("stage1_tokenizer.training.readers", "teach an export's text part on the latents of all pictures"),
     "judge": (
         "stage1_tokenizer.evaluation.judge",
         "train a judge of captions on ImageNet features, for stage 2's report",

@@ -8,8 +8,6 @@ The basis is computed from training pictures before the first step and stays fix
 Letters: B batch, K latents, C latent channels, P = 3HW pixel values, F = K C floats.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -34,27 +32,21 @@ class LinearPath(Spec, nn.Module):
         self.register_buffer("basis", torch.zeros(num_latents * latent_dim, pixels))
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("scale", torch.ones(num_latents * latent_dim))
-        self.register_buffer("slots", torch.arange(num_latents * latent_dim), persistent=False)
-        self.slots: Tensor  # where components go, the first one first; a subclass may keep some free
 
-    def fit(self, images: Tensor, captions: Sequence[Sequence[str]] = ()) -> None:
-        """Set the basis from training images (n,3,H,W) in [-1,1]; fewer images than floats leave the rest empty.
-
-        captions: of each image, for subclasses that read them.
-        """
-        pca = PCA.fit(images, len(self.slots))
-        slots = self.slots[: pca.components.shape[0]]
+    def fit(self, images: Tensor) -> None:
+        """Set the basis from training images (n,3,H,W) in [-1,1]; fewer images than floats leave the rest empty."""
+        pca = PCA.fit(images, self.basis.shape[0])
+        n = pca.components.shape[0]
         self.basis.zero_()
-        self.basis[slots] = pca.components
+        self.basis[:n] = pca.components
         self.mean.copy_(pca.mean)
         self.scale.fill_(1.0)
-        self.scale[slots] = pca.encode(images).std(0).clamp_min(1e-4)
+        self.scale[:n] = pca.encode(images).std(0).clamp_min(1e-4)
 
     @property
     def variances(self) -> Tensor:
-        """(K,C) variance of every component in the training images, 0 where there is none."""
-        used = self.basis.any(1)
-        return (self.scale.square() * used).view(self.num_latents, self.latent_dim)
+        """(K,C) variance of every component in the training images."""
+        return self.scale.square().view(self.num_latents, self.latent_dim)
 
     def encode(self, images: Tensor, k: int) -> Tensor:
         n = k * self.latent_dim

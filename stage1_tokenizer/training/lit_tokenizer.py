@@ -106,9 +106,8 @@ class LitTokenizer(pl.LightningModule):
             if left_out:
                 print(f"vocabulary: {left_out} rare tokens share the unknown row; raise `rows` to keep them")
         if self.tokenizer.linear_path is not None:
-            drawn = draw_training(self.data, self.passes.linear_path_images, seed=0)
-            images = drawn["images"]
-            self.tokenizer.linear_path.fit(images, drawn["captions"])
+            images = draw_training(self.data, self.passes.linear_path_images, seed=0)["images"]
+            self.tokenizer.linear_path.fit(images)
             self.tokenizer.bottleneck.start_beside(self.tokenizer.linear_path.variances, images[0].numel())
 
     def train(self, mode: bool = True) -> "LitTokenizer":

@@ -25,7 +25,6 @@ LINKS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("image_size", TOKENIZER, "image_size"),
         ("image_size", f"{TOKENIZER}.decoder", "image_size"),
         ("image_size", f"{TOKENIZER}.linear_path", "image_size"),
-        ("image_size", f"{TOKENIZER}.linear_path.features", "image_size"),
         *(
             ("num_latents", f"{TOKENIZER}.{part}", "num_latents")
             for part in (
