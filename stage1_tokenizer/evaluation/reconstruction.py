@@ -13,6 +13,7 @@ and the machine does not have is named in the report.
 Letters: N pictures, K latents, C channels, k prefix length, D features.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,24 @@ import torch
 from stage1_tokenizer.evaluation import reconstruction_page
 from stage1_tokenizer.evaluation.classifier import Classifier
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
-from stage1_tokenizer.evaluation.frechet import RandomConvFeatures, imagenet_features, inception_features
+from stage1_tokenizer.evaluation.frechet import (
+    FeatureExtractor,
+    RandomConvFeatures,
+    imagenet_features,
+    inception_features,
+)
 from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric
 from stage1_tokenizer.evaluation.latent_use import latent_use
 from stage1_tokenizer.evaluation.picture_data import PictureData, draw_training, training_rows
 from stage1_tokenizer.evaluation.provenance import Cost, provenance
-from stage1_tokenizer.evaluation.reconstruction_pass import Lines, Meters, measure, prefix_lengths, training_pass
+from stage1_tokenizer.evaluation.reconstruction_pass import (
+    HeldOut,
+    Lines,
+    Meters,
+    measure,
+    prefix_lengths,
+    training_pass,
+)
 from stage1_tokenizer.evaluation.reconstruction_read import distances, probe, read_back
 from stage1_tokenizer.evaluation.reconstruction_text import text_metrics
 from stage1_tokenizer.pca import PCA
@@ -73,12 +86,8 @@ def reconstruction_report(
     print("report: principal components, classifier, then the held-out pictures and the probes", flush=True)
     pca = _fit_pca(datamodule, tokenizer.num_latents * channels, seed, device)
     classifier = report_classifier(datamodule, run_dir, seed, device)
-    meters, skipped = _meters(classifier, lpips_trunk, lpips_weights, device)
-    for found in (inception_features(inception_weights, device), imagenet_features(imagenet_weights, device)):
-        if isinstance(found, Skipped):
-            skipped.append(found)
-        else:
-            meters.extractors.append(found)
+    named = (inception_features(inception_weights, device), imagenet_features(imagenet_weights, device))
+    meters, skipped = _meters(classifier, lpips_trunk, lpips_weights, named, device)
     held_out, learned, linear = measure(tokenizer, pca, datamodule, lengths, limit, meters, seed)
     probed = 0 if classifier is None else probe_images
     rows = training_rows(datamodule, max(held_out.set.n, probed), seed)
@@ -96,10 +105,9 @@ def reconstruction_report(
         metrics["classifier"] = read_back(classifier, held_out, learned, linear)
     if classifier is not None and train.lines is not None:
         metrics["linear_probe"] = probe(classifier, train.lines, held_out.lines, lengths)
-    if tokenizer.text is None:
-        skipped.append(Skipped("retrieval", "the tokenizer has no text part", "train it with text losses"))
-    elif not all(held_out.samples["captions"]):
-        skipped.append(Skipped("retrieval", "held-out pictures have no captions", "prepare data with captions"))
+    reason = _without_retrieval(tokenizer, held_out)
+    if reason is not None:
+        skipped.append(reason)
     else:
         metrics |= text_metrics(tokenizer, held_out.lines.z, held_out.lines.samples, train.samples, lengths)
     metrics["skipped"] = [vars(item) for item in skipped]
@@ -117,9 +125,10 @@ def _meters(
     classifier: Classifier | None,
     lpips_trunk: str,
     lpips_weights: str | None,
+    named: Sequence[FeatureExtractor | Skipped],
     device: torch.device,
 ) -> tuple[Meters, list[Skipped]]:
-    """What is measured of every picture here, and what is left out."""
+    """What is measured of every picture here, and what is left out. named: extractors with weights, where there are."""
     skipped: list[Skipped] = []
     meters = Meters({"psnr": psnr, "ssim": ssim}, [classifier or RandomConvFeatures(0).to(device)])
     distance = lpips_metric(lpips_trunk, device, lpips_weights)
@@ -127,7 +136,21 @@ def _meters(
         skipped.append(distance)
     else:
         meters.pair_metrics[f"lpips[{lpips_trunk}]"] = distance
+    for found in named:
+        if isinstance(found, Skipped):
+            skipped.append(found)
+        else:
+            meters.extractors.append(found)
     return meters, skipped
+
+
+def _without_retrieval(tokenizer: Tokenizer, held_out: HeldOut) -> Skipped | None:
+    """Why captions are not looked for, None where they are."""
+    if tokenizer.text is None:
+        return Skipped("retrieval", "the tokenizer has no text part", "train it with text losses")
+    if not all(held_out.samples["captions"]):
+        return Skipped("retrieval", "held-out pictures have no captions", "prepare data with captions")
+    return None
 
 
 def _fit_pca(datamodule: PictureData, num_floats: int, seed: int, device: torch.device) -> PCA:

@@ -21,7 +21,7 @@ def test_operations_a_second_over_the_peak(tmp_path: Path, monkeypatch: pytest.M
     told = [line for line in lines if "throughput/steps_per_s" in line]
     operations = [1e12 * line["throughput/share_of_peak"] / line["throughput/steps_per_s"] for line in told]
     assert len(told) == 3, "eight steps were counted and not timed"
-    assert operations == pytest.approx([operations[0]] * 3, rel=1e-3) and LEAST < operations[0] < 1000 * LEAST
+    assert operations == pytest.approx([operations[0]] * 3, rel=1e-3) and 0.999 * LEAST < operations[0] < 1000 * LEAST
 
     run(tmp_path / "alone", *EVERY)
     lines = read_metrics(tmp_path / "alone" / "stage1" / "metrics.csv")
