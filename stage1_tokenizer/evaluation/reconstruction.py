@@ -4,8 +4,8 @@
                              |                     PCA(k C floats) --> the same
                              +--> retrieval of captions, zero-shot classes, linear probe, rate and active units
 
-Pictures stream through in batches and none is kept that is not shown: 50,000 at 256 pixels take no more memory than
-5,000 (`reconstruction_pass`; the report says how much and how long it took). Everything is measured on the held-out
+Pictures stream through in batches and none is kept that is not shown: beyond 5,000 only numbers are kept of a picture
+(`reconstruction_pass`; the report says how much memory and time it took). Everything is measured on the held-out
 split; PCA, the classifier and the probes are fitted on the training split. Which figures there are follows from the
 data: attributes and words for scenes, classes for labelled pictures, captions alone for the rest. What a figure needs
 and the machine does not have is named in the report.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stage1_tokenizer.precision import matmul_dtype
+from stage1_tokenizer.training.launch import UsageError
 
 COUNTED = 8  # steps whose operations are counted; text losses run at every fourth
 SIDE = 2048  # of the square matrices whose product is called the peak
@@ -23,8 +24,8 @@ class Throughput(pl.Callback):
     Args:
         share_of_peak: also `throughput/share_of_peak`: floating-point operations a second, over those of a product of
             two large matrices, measured on this device when the fit begins. Operations are counted as PyTorch's
-            operators run in the first eight steps (forward, backward and optimiser), which are slower for it. Not
-            together with `--compile true`, whose operators cannot be seen.
+            operators run in the first eight steps (forward, backward and optimiser), which are slower for it.
+    Raises UsageError when a fit begins that is to count the operations of compiled networks, which cannot be seen.
     """
 
     def __init__(self, share_of_peak: bool = False) -> None:
@@ -38,6 +39,11 @@ class Throughput(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.share_of_peak:
+            if any(part._compiled_call_impl is not None for part in pl_module.modules()):
+                raise UsageError(
+                    "got throughput.share_of_peak and compiled networks, whose operations cannot be counted; leave out"
+                    " one of the two"
+                )
             self._flops, self._counted, self._peak = 0, 0, matmul_peak(pl_module.device)
         self._restart()
 

@@ -15,8 +15,8 @@ real ones. Six questions, six kinds of figures:
 * what it costs: evaluations of the head and seconds per picture, decoding included.
 
 Same caption and different seeds must give different pictures: their spread is measured and shown. Pictures go by in
-batches and none is kept that is not shown (`generation_pass`), so that 50,000 captions take no more memory than 10,000;
-the report says how much and how long it took. The page is made by `generation_page`.
+batches and none is kept that is not shown (`generation_pass`): beyond 10,000 only numbers are kept of a caption; the
+report says how much memory and time it took. The page is made by `generation_page`.
 
 Letters: N captions, M of them in the sample, K latents, C latent channels.
 """
