@@ -198,12 +198,19 @@ def test_tokenizers_are_compared_on_their_own_clocks(tmp_path: Path, capsys: pyt
     assert one.spent >= 0.3 and one.steps > 0 and (two.spent, two.steps) == (0.0, 0)
     assert one.optimizer.param_groups[0]["lr"] < one.rates[0], "still warming up"
     before = [p.detach().clone() for p in one.tokenizer.parameters()]
-    values = one.measure(data["images"][:8], [1, 16])
-    assert len(values) == 2 and one.found == [(one.spent, values)]
+    got = one.measure(data["images"][:8], captions[:8], [1, 16])
+    assert len(got.psnr) == len(got.found) == 2 and one.found == [got] and got.seconds == one.spent
+    assert two.measure(data["images"][:8], captions[:8], [1, 16]).found == [], "knows no captions"
     assert all(torch.equal(a, b) for a, b in zip(before, one.tokenizer.parameters(), strict=True)), "its own again"
-    one.found = [(10.0, [0.0, 20.0]), (20.0, [0.0, 24.0])]
-    assert one.seconds_to(22.0) == 15.0 and one.seconds_to(25.0) is None and one.seconds_to(19.0) == 10.0
+    one.found = [bench_tokenizers.Measured(10.0, [0.0, 20.0], []), bench_tokenizers.Measured(20.0, [0.0, 24.0], [])]
+    times = [one.seconds_to(level, lambda measured: measured.psnr[-1]) for level in (22.0, 25.0, 19.0)]
+    assert times == [15.0, None, 10.0]
     shorter = ["--seconds", "1", "--turn", "0.5", "--val_images", "8", *(f"--option={option}" for option in options)]
-    bench_tokenizers.main([*shorter, "--contender", files[0], "--contender", *files])
+    kept = tmp_path / "out" / "times.json"
+    again = ["--contender", files[0], "--adamw", "2", "--out", str(kept)]
+    bench_tokenizers.main([*shorter, "--contender", files[0], *again])
     lines = capsys.readouterr().out
-    assert "demo+no_text" in lines and "PCA, [1, 2, 4, 8, 16] latents of 16" in lines and "dB, seconds: " in lines
+    assert "demo+AdamW" in lines and "PCA, [1, 2, 4, 8, 16] latents of 16" in lines
+    assert "to PSNR " in lines and "to R@1 " in lines
+    assert set(json.loads(kept.read_text())) == {"demo", "demo+AdamW"}
+    assert {path.name for path in kept.parent.iterdir()} == {"times.json", "times_PSNR.png", "times_R1.png"}

@@ -60,8 +60,8 @@ class Bench(Machine):
             yield f"{verb}, {name}, {size.image_size} pixels ({whose})", contenders
         del uses
         made = {TITOK: made[TITOK], f"{OURS}, one length": our_design(size, False).to(self.device), OURS: made[OURS]}
-        for who in (TITOK, OURS) if self.compiled else ():
-            made[f"{who}, compiled"] = copy.deepcopy(made[who])
+        for who, design in ((TITOK, titok_design), (OURS, our_design)) if self.compiled else ():
+            made[f"{who}, compiled"] = design(size).to(self.device)  # a copy's parameters forget their optimiser group
             compile_parts(made[f"{who}, compiled"], self.compile)
 
         def loss(tokenizer: Tokenizer) -> Callable[[], torch.Tensor]:
