@@ -47,6 +47,7 @@ def linear(n_in: int, n_out: int, zero: bool = False) -> nn.Linear:
     else:
         nn.init.uniform_(layer.weight, -math.sqrt(3 / n_in), math.sqrt(3 / n_in))  # std 1/sqrt(n_in)
     mark(layer.weight, MATRIX)
+    layer.group = MATRIX  # type: ignore[assignment]  # a copy keeps what stands on a module, and not what stands on a parameter
     return layer
 
 

@@ -59,7 +59,12 @@ SAME_PARTS = (
     "night",
     "redrawn_latents",
 )  # other training, or a part that the demo has not
-FROZEN = ("flow_decoder", "flow_decoder_64", "adversarial_decoder", "redrawn_latents")  # variants that tune the decoder of a run
+FROZEN = (
+    "flow_decoder",
+    "flow_decoder_64",
+    "adversarial_decoder",
+    "redrawn_latents",
+)  # variants that tune the decoder of a run
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,14 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """The trainable parameters of `module`, one group per entry of `GROUPS` that occurs, ready for `MuonAdamW`.
 
-    Raises ValueError if a parameter carries an unknown group, or is marked "matrix" and is no matrix.
+    Raises ValueError if a parameter carries an unknown group, has lost its own, or is marked "matrix" and is no matrix.
     """
+    for name, part in module.named_modules():
+        if hasattr(part, "group") and not hasattr(part.weight, "group"):
+            raise ValueError(
+                f"the weight of '{name}' has lost its group, as in a deep copy of a network, wanted it marked: build "
+                "the network anew and load the state of the first one."
+            )
     members: dict[str, list[nn.Parameter]] = {group: [] for group in GROUPS}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

@@ -1,5 +1,6 @@
 """The optimizer agrees with torch's own Muon and AdamW, keeps its state, and the schedule has the promised shape."""
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stage1_tokenizer.layers import Block
 from stage1_tokenizer.training import optim
 from stage1_tokenizer.training.optim import (
     MuonAdamW,
@@ -239,3 +241,11 @@ def test_bad_groups_and_rates_are_refused() -> None:
     with pytest.raises(ValueError, match="matrix_lr=0.0"):
         MuonAdamW(parameter_groups(network()), matrix_lr=0.0)
     assert set(optim.GROUPS) == {"matrix", "decay", "plain"}
+
+
+def test_a_deep_copy_whose_matrices_have_lost_their_group_is_refused() -> None:
+    """Otherwise AdamW would silently train them."""
+    block = Block(16, 2)
+    assert {group["group"] for group in parameter_groups(block)} == {"matrix", "plain"}
+    with pytest.raises(ValueError, match="'self_attention.q' has lost its group"):
+        parameter_groups(copy.deepcopy(block))
