@@ -1,14 +1,17 @@
 """Fits that are killed at random moments and resumed until they are done, against one that no one disturbed.
 
 A process imports everything once and forks a child for every attempt, since starting Python takes longer than a tiny
-fit. A third of the kills comes at any time, a third while a checkpoint is half written, a third right before a file
-gets its final name. Run it as a program of its own: a process that has trained cannot fork.
+fit. Kills come in turn in a step (between gradients and weights), while a checkpoint is half written, right before a
+file gets its final name, at any time, and while a model is exported. A fit that is done is compared, and a further one
+is begun in a folder of its own until the kills are used up; the last ends undisturbed. Run it as a program of its own:
+a process that has trained cannot fork.
 """
 
 import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -18,13 +21,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data.__main__ import main as data_main
 from data.reading.datamodule import ImageDataModule
-from stage1_tokenizer.training import checkpoint_file
+from stage1_tokenizer.training import checkpoint_file, optim
 from stage1_tokenizer.training.cli import run_cli
 from stage1_tokenizer.training.latent_writer import LatentWriter
 from stage1_tokenizer.training.lit_tokenizer import LitTokenizer
@@ -32,7 +36,9 @@ from stage2_prior.training.latent_data import PriorDataModule
 from stage2_prior.training.lit_prior import LitPrior
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-MOMENTS = ("any time", "half a checkpoint", "before a name")
+MOMENTS = ("in a step", "half a checkpoint", "before a name", "any time", "in an export")
+# Lightning counts begun epochs and batches of the last validation, also where a kill came between: nothing reads them.
+COUNTERS = re.compile(r"\.loops\.fit_loop\.(epoch_progress\.\w+\.(ready|started)|epoch_loop\.val_loop\..*)$")
 SMALL = ["accelerator=cpu", "enable_progress_bar=false", "val_check_interval=6", "limit_val_batches=1"]
 
 
@@ -82,26 +88,30 @@ def wait(pid: int, seconds: float | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def die(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_within(work: Callable[[], None], moment: str, chance: random.Random) -> Callable[[], None]:
-    """`work` that kills its own process while it writes the n-th checkpoint, or right before the n-th `os.replace`."""
-    left = [chance.randrange(1, 4 if moment == MOMENTS[1] else 9)]
-    share = chance.random()
-    target, name = (checkpoint_file.torch, "save") if moment == MOMENTS[1] else (os, "replace")
+def killed_within(work: Callable[[], None], moment: str, steps: int, chance: random.Random) -> Callable[[], None]:
+    """`work` that kills its own process in its n-th step, checkpoint, `os.replace` or export; `moment` says which."""
+    target, name, most = {
+        MOMENTS[0]: (optim.MuonAdamW, "step", max(steps // 2, 1)),
+        MOMENTS[1]: (checkpoint_file.torch, "save", 4),
+        MOMENTS[2]: (os, "replace", 8),
+        MOMENTS[4]: (safetensors.torch, "save_file", 1),
+    }[moment]
+    left, share = [chance.randint(1, most)], chance.random()
     real: Callable[..., Any] = getattr(target, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
         if left[0] > 0:
             return real(*args, **kwargs)
-        if moment == MOMENTS[1]:
+        if moment == MOMENTS[0]:
+            kwargs["closure"]()
+        elif moment == MOMENTS[1]:
             real(*args, **kwargs)
-            stream = args[1]
-            stream.truncate(int(stream.tell() * share))
-        return die()
+            args[1].truncate(int(args[1].tell() * share))
+        elif moment == MOMENTS[4]:
+            real(*args, **kwargs)
+            os.truncate(args[1], int(os.stat(args[1]).st_size * share))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def run() -> None:
         with mock.patch.object(target, name, counted):
@@ -127,44 +137,49 @@ def differing(one: Any, two: Any, place: str = "") -> list[str]:
 
 
 def disturbed(stage: str, folder: Path, data: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """A fit in one piece and one that is killed so many times -> what happened and what differs in the end."""
+    """A fit in one piece, and fits that are killed so many times in all -> what happened and what differs."""
     more = [f"--trainer.max_steps={steps}", "--checkpoint.every_n_steps=2"]
-    whole, parts, log = folder / f"{stage}_whole", folder / f"{stage}_parts", folder / "log"
+    whole, log, name = folder / f"{stage}_whole", folder / "log", "tokenizer" if stage == "stage1" else "prior"
     start = time.monotonic()
     assert wait(fork(lambda: command(stage, "fit", whole, data, *more), log)) == 0, log.read_text()[-3000:]
     seconds, chance = time.monotonic() - start, random.Random(seed)
-    died, attempts = 0, 0
+    died, attempts, fits = dict.fromkeys(MOMENTS, 0), 0, 0
+    differs, left = [], []
+    undisturbed = end_of(whole, stage, name)
+    while sum(died.values()) < kills:
+        fits += 1
+        parts = folder / f"{stage}_parts{fits}"
 
-    def attempt() -> None:
-        resume = checkpoint_file.newest_first(parts / stage / "checkpoints")
-        command(stage, "fit", parts, data, *more, *(["--resume=auto"] if resume else []))
+        def attempt(parts: Path = parts) -> None:
+            resume = checkpoint_file.newest_first(parts / stage / "checkpoints")
+            command(stage, "fit", parts, data, *more, *(["--resume=auto"] if resume else []))
 
-    while died < kills:
-        moment = MOMENTS[attempts % 3]
-        attempts += 1
-        assert attempts < 20 * kills, "the fit ends before it can be killed"
-        if moment == MOMENTS[0]:
-            status = wait(fork(attempt, log), chance.uniform(0.3, 0.9) * seconds)
-        else:
-            status = wait(fork(killed_within(attempt, moment, chance), log))
-        assert status in (0, -signal.SIGKILL), log.read_text()[-3000:]
-        died += status != 0
-    assert wait(fork(attempt, log)) == 0, log.read_text()[-3000:]
-    export = "tokenizer" if stage == "stage1" else "prior"
-    ends = [
-        {
-            "checkpoint": torch.load(run / stage / "checkpoints" / "last.ckpt", weights_only=True),
-            "export": load_file(run / export / "model.safetensors"),
-        }
-        for run in (whole, parts)
-    ]
-    left = [str(path) for path in parts.rglob("*") if ".part" in path.name or path.name == ".export"]
-    result = {"stage": stage, "kills": died, "attempts": attempts, "seconds_whole": round(seconds, 1)}
+        status = -signal.SIGKILL
+        while status:
+            moment = None if sum(died.values()) == kills else MOMENTS[sum(died.values()) % len(MOMENTS)]
+            attempts += 1
+            if moment is None:
+                status = wait(fork(attempt, log))
+            elif moment == "any time":
+                status = wait(fork(attempt, log), chance.uniform(0.1, 0.9) * seconds)
+            else:
+                status = wait(fork(killed_within(attempt, moment, steps, chance), log))
+            assert status in ((0, -signal.SIGKILL) if moment else (0,)), log.read_text()[-3000:]
+            if status and moment:
+                died[moment] += 1
+        differs += differing(undisturbed, end_of(parts, stage, name), str(fits))
+        left += [str(path) for path in parts.rglob("*") if ".part" in path.name or path.name == ".export"]
+    result = {"stage": stage, "kills": sum(died.values()), "when": died, "attempts": attempts, "fits": fits}
+    counted = [place for place in differs if COUNTERS.search(place)]
+    result |= {"steps": steps, "seconds_whole": round(seconds, 1), "counters": counted, "left_over": left}
+    return {**result, "differing": [place for place in differs if place not in counted]}
+
+
+def end_of(run: Path, stage: str, name: str) -> dict[str, Any]:
+    """What a fit leaves: its last checkpoint and its export."""
     return {
-        **result,
-        "differing": differing(ends[0], ends[1]),
-        "left_over": left,
-        "steps": ends[1]["checkpoint"]["global_step"],
+        "checkpoint": torch.load(run / stage / "checkpoints" / "last.ckpt", weights_only=True),
+        "export": load_file(run / name / "model.safetensors"),
     }
 
 
