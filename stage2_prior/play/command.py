@@ -9,6 +9,7 @@ to this machine alone unless --host says otherwise; nothing is sent anywhere. Ne
 
 import argparse
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -78,6 +79,16 @@ def free_port(host: str, port: int | None) -> int:
     raise PlayError(f"cannot listen on {host}, port {wanted} ({problem}); choose another with --port")
 
 
+def keep_uploads(run: Path, port: int) -> None:
+    """What the page of this port is given lies in the run folder, and what an earlier one left there goes.
+
+    Gradio deletes uploads while it runs and when it ends, not when it is killed.
+    """
+    folder = run.absolute() / "page_uploads" / str(port)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when it is imported
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command until it is interrupted; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -96,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         port = free_port(options.host, options.port)
         studio, examples = studio_of(options)
+        if options.run_dir is not None:
+            keep_uploads(Path(options.run_dir), port)
         from stage2_prior.play.page import serve
     except ModuleNotFoundError as error:
         parser.exit(1, f"error: {error}; the page needs Gradio: pip install 'unspool[play]'\n")

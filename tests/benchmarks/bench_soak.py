@@ -216,8 +216,7 @@ def soak(
     buffer = io.BytesIO()
     Image.effect_noise((96, 96), 60).convert("RGB").save(buffer, "PNG")
     (folder / "upload.png").write_bytes(buffer.getvalue())
-    environment = {**os.environ, "TMPDIR": str(temporary), "GRADIO_TEMP_DIR": str(temporary / "gradio")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "TMPDIR": str(temporary), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     programs: dict[str, subprocess.Popen[bytes]] = {}
     seen: set[str] = set()
 
@@ -250,7 +249,9 @@ def soak(
         for program in programs.values():
             program.wait()
     steps = {stage: steps_of(folder / f"again{stage[-1]}" / stage) for stage in PARTS[:2]}
-    return {"requests": requests, "steps": steps, "left": left_over(families, seen, temporary, port)}
+    left = left_over(families, seen, temporary, port)
+    left["uploads, until a page starts again"] = sum(p.is_file() for p in (folder / "run/page_uploads").rglob("*"))
+    return {"requests": requests, "steps": steps, "left": left}
 
 
 def steps_of(stage_dir: Path) -> int:

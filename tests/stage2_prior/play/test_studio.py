@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +177,14 @@ def test_the_command_serves_what_a_run_holds_to_this_machine(
     served: list[tuple[Studio, list[tuple[str, torch.Tensor]], str, int]] = []
     page = SimpleNamespace(serve=lambda *arguments: served.append(arguments))
     monkeypatch.setitem(sys.modules, "stage2_prior.play.page", page)
-    assert main(["--run_dir", str(tmp_path)]) == 0
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "restored when the test ends")
+    port = free_port("127.0.0.1", None)
+    left, others = (tmp_path / "page_uploads" / str(number) / "a picture" for number in (port, port + 1))
+    for file in (left, others):  # of a page that was killed, and of one that may be running
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert main(["--run_dir", str(tmp_path), "--port", str(port)]) == 0
+    assert not left.exists() and others.exists() and os.environ["GRADIO_TEMP_DIR"] == str(left.parent)
     studio.prior.save_pretrained(tmp_path / "prior")
     assert main(["--run_dir", str(tmp_path)]) == 0
     (without, *_), (whole, examples, host, _) = served
