@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stage1_tokenizer.bottleneck import KLBottleneck
 from stage1_tokenizer.decoder import ViTDecoder
@@ -90,3 +90,21 @@ def tiny_clip(folder: Path) -> Path:
 def rows_of(fields: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     """Some samples of a batch, as a data module's `samples` gives them."""
     return {n: v[rows] if isinstance(v, torch.Tensor) else [v[i] for i in rows] for n, v in fields.items()}
+
+
+class SmallInception(nn.Module):
+    """uint8 pictures -> pooled features and logits, with maps of 4 x 4 where Inception has them of 17 x 17."""
+
+    def __init__(self, *_: object, feature_extractor_weights_path: str | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.Mixed_6d = nn.ModuleDict({"branch1x1": nn.Conv2d(3, 9, 4, 4)})
+        self.pooled, self.fc = nn.Linear(9, 6), nn.Linear(6, 10)
+        if feature_extractor_weights_path:
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=True))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert x.dtype == torch.uint8
+        x = nn.functional.interpolate(x / 127.5 - 1, (16, 16))
+        pooled = self.pooled(self.Mixed_6d["branch1x1"](x).mean((2, 3)))
+        return pooled, pooled @ self.fc.weight.T

@@ -2,9 +2,8 @@
 
 A Frechet distance means nothing without its features, so a feature extractor carries a name and the results are keyed
 by it: `frechet[attribute-classifier]`, `frechet[random-conv-s0]`, `frechet[effnet-lite0-1280]`,
-`frechet[inception-v3-compat]`. Extractors come from the report's own classifiers, from a seed, or from a file the user
-names. Nothing is fetched; what is missing
-becomes a `Skipped` with the reason.
+`frechet[inception-v3-compat]` (`inception`). Extractors come from the report's own classifiers, from a seed, or from a
+file the user names. Nothing is fetched; what is missing becomes a `Skipped` with the reason.
 
 The distance is biased upwards at small n, by an amount that depends on the features; a report therefore prints n and
 the distance between two sets of real pictures of that size.
@@ -63,37 +62,6 @@ class RandomConvFeatures(nn.Module):
             collected += [x.mean(dim=(2, 3)), x.std(dim=(2, 3), correction=0)]
             x = F.avg_pool2d(x, 2, ceil_mode=True)
         return torch.cat(collected, dim=1)
-
-
-class InceptionFeatures:
-    """The 2,048 pooled features of the Inception network that published FIDs use, read from a local weights file."""
-
-    feature_name = "inception-v3-compat"
-
-    def __init__(self, network: nn.Module, device: torch.device | str) -> None:
-        self.network = network.to(device).eval()
-
-    @torch.inference_mode()
-    def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, 2048); the network resizes to 299 pixels itself."""
-        return self.network(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))[0].float()
-
-
-def inception_features(weights: str | Path | None, device: torch.device | str = "cpu") -> InceptionFeatures | Skipped:
-    """Inception features from `weights` (torch-fidelity's `pt_inception-2015-12-05-6726825d.pth`), or why not."""
-    name = "frechet[inception-v3-compat]"
-    if weights is None or not Path(weights).is_file():
-        reason = "no weights file was named" if weights is None else f"there is no file at {weights}"
-        fix = "give inception_weights the path of torch-fidelity's pt_inception-2015-12-05-6726825d.pth"
-        return Skipped(name, reason, fix)
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        return Skipped(name, "torch-fidelity is not installed", "pip install 'unspool[inception]'")
-    network = FeatureExtractorInceptionV3(
-        InceptionFeatures.feature_name, ["2048"], feature_extractor_weights_path=str(weights)
-    )
-    return InceptionFeatures(network, device)
 
 
 class ImageNetFeatures:
@@ -157,6 +125,27 @@ class Moments:
         self.total += x.sum(dim=0)
         self.products.addmm_(x.T, x)
         self.n += len(x)
+
+    @classmethod
+    def given(cls, mean: Tensor, covariance: Tensor) -> "Moments":
+        """Those of features that someone else has seen: mean (D,) and covariance (D, D)."""
+        moments = cls()
+        moments.n, moments.origin = 2, mean.double()  # of how many is not known; the sums are as of two
+        moments.total, moments.products = torch.zeros_like(moments.origin), covariance.double()
+        return moments
+
+    def merge(self, other: "Moments") -> None:
+        """Take in what `other` has taken in."""
+        if self.n == 0 or other.n == 0:
+            self.__dict__ |= (other if self.n == 0 else self).__dict__
+            return
+        if other.origin.shape != self.origin.shape:
+            raise ValueError(f"got moments of {len(other.origin)} features, wanted {len(self.origin)}")
+        apart = other.origin - self.origin  # what other has summed is x - origin - apart
+        crossed = torch.outer(other.total, apart)
+        self.products += other.products + crossed + crossed.T + other.n * torch.outer(apart, apart)
+        self.total += other.total + other.n * apart
+        self.n += other.n
 
     def mean_and_root(self) -> tuple[Tensor, Tensor]:
         """Mean (D,) and a root R (D, r) of the covariance, S = R R^T, without directions that are rounding alone."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stage1_tokenizer.evaluation.classifier import Classifier
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, ImageNetFeatures, Moments
+from stage1_tokenizer.evaluation.inception import InceptionFeatures, InceptionSums
 
 PIXELS = 2**20  # of pictures whose features are taken at once: 1,024 pictures at 32 pixels, 16 at 256
 
@@ -25,8 +26,12 @@ PIXELS = 2**20  # of pictures whose features are taken at once: 1,024 pictures a
 @torch.inference_mode()
 def features_of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) -> features (B, D) on the CPU, a few at a time: maps of large pictures are large."""
-    size = max(1, PIXELS // (images.shape[-1] * images.shape[-2]))
-    return torch.cat([extractor.features(part).cpu() for part in images.split(size)])
+    return torch.cat([extractor.features(part).cpu() for part in images.split(parts_of(images))])
+
+
+def parts_of(images: Tensor) -> int:
+    """How many of these pictures go through a network at once."""
+    return max(1, PIXELS // (images.shape[-1] * images.shape[-2]))
 
 
 class PictureSet:
@@ -42,7 +47,10 @@ class PictureSet:
         self, extractors: Sequence[FeatureExtractor], sample: Collection[int] = (), shown: Collection[int] = ()
     ) -> None:
         self.extractors, self.sample, self.shown, self.n = list(extractors), set(sample), set(shown), 0
-        self.moments = {x.feature_name: Moments() for x in extractors}
+        self.inception = InceptionSums()  # of Inception's other features, where it is among the extractors
+        self.moments = {
+            x.feature_name: self.inception.pooled if isinstance(x, InceptionFeatures) else Moments() for x in extractors
+        }
         self._rows: dict[str, list[Tensor]] = {x.feature_name: [] for x in extractors}
         self._readings: dict[str, list[Tensor]] = {x.feature_name: [] for x in extractors}
         self.pictures: dict[int, Tensor] = {}  # number -> (3, H, W), of those that are shown
@@ -51,10 +59,9 @@ class PictureSet:
         """Take in pictures (B, 3, H, W) in [-1, 1]; returns their features (B, D) by extractor."""
         sampled = [i for i in range(len(images)) if self.n + i in self.sample]
         self.pictures |= {self.n + i: images[i].cpu().clone() for i in range(len(images)) if self.n + i in self.shown}
-        features = {x.feature_name: features_of(x, images) for x in self.extractors}
+        features = {x.feature_name: self.taken_in(x, images) for x in self.extractors}
         for x in self.extractors:
             own = features[x.feature_name]
-            self.moments[x.feature_name].add(own)
             if sampled:
                 self._rows[x.feature_name].append(own[sampled])
             if isinstance(x, (Classifier, ImageNetFeatures)):
@@ -62,6 +69,17 @@ class PictureSet:
                     device = x.heads.weight.device if isinstance(x, Classifier) else own.device
                     self._readings[x.feature_name].append(x.read(own.to(device)).cpu().to(torch.int16))
         self.n += len(images)
+        return features
+
+    def taken_in(self, extractor: FeatureExtractor, images: Tensor) -> Tensor:
+        """Features (B, D), which the moments have then taken in."""
+        if isinstance(extractor, InceptionFeatures):
+            parts = (extractor.all_features(part) for part in images.split(parts_of(images)))
+            pooled, spatial, logits = (torch.cat(x).cpu() for x in zip(*parts, strict=True))
+            self.inception.add(pooled, spatial, logits)
+            return pooled
+        features = features_of(extractor, images)
+        self.moments[extractor.feature_name].add(features)
         return features
 
     def rows(self, name: str) -> Tensor:

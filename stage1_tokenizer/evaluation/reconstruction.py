@@ -26,9 +26,9 @@ from stage1_tokenizer.evaluation.frechet import (
     FeatureExtractor,
     RandomConvFeatures,
     imagenet_features,
-    inception_features,
 )
 from stage1_tokenizer.evaluation.image_metrics import Skipped, lpips_metric
+from stage1_tokenizer.evaluation.inception import inception_features
 from stage1_tokenizer.evaluation.latent_use import latent_use
 from stage1_tokenizer.evaluation.picture_data import PictureData, draw_training, training_rows
 from stage1_tokenizer.evaluation.provenance import Cost, provenance

@@ -33,6 +33,7 @@ from stage1_tokenizer.evaluation.classifier import Classifier
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, RandomConvFeatures, imagenet_features
 from stage1_tokenizer.evaluation.image_metrics import Skipped
+from stage1_tokenizer.evaluation.inception import InceptionFeatures, inception_features, read_reference
 from stage1_tokenizer.evaluation.judge import load_judge
 from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage1_tokenizer.evaluation.picture_set import features_of
@@ -42,18 +43,26 @@ from stage2_prior.captions import askable
 from stage2_prior.evaluation.captioning_report import EXAMPLES, captioning_report
 from stage2_prior.evaluation.distances import Twins, distance_report
 from stage2_prior.evaluation.faithfulness import faithfulness_report
-from stage2_prior.evaluation.generation_pass import Drawn, Originals, Training, draw, neighbour_figures, originals
+from stage2_prior.evaluation.generation_pass import (
+    Drawn,
+    Originals,
+    Training,
+    diversity,
+    draw,
+    neighbour_figures,
+    originals,
+    scores,
+)
 from stage2_prior.evaluation.held_out import HeldOut, HeldOutData, Lines
 from stage2_prior.evaluation.lengths import length_report, worthwhile
 from stage2_prior.evaluation.likelihood_report import classification_report, likelihood_report
 from stage2_prior.evaluation.neighbours import Bank, shortest
-from stage2_prior.evaluation.sampling import Sampler, device_of
+from stage2_prior.evaluation.sampling import Sampler, device_of, spread
 from stage2_prior.latent_space import LatentSpace
 
 SHOWN = 10  # captions in the grids
 SEEN = 250  # captions of training pictures
 JUDGED = 2000  # pictures among which the judge looks for a caption, at most
-SEEDS = 8  # pictures of one caption, and captions of which so many are drawn
 
 
 class GenerationReport:
@@ -68,6 +77,9 @@ class GenerationReport:
         images_dir: image shards that the latents were made from; None: `data/` of the run, or those that are encoded.
         imagenet_weights: path of EfficientNet-Lite0's weights, or "installed" (`unspool[features]`): distances in its
             features too, and nearest real pictures, which are in the report's own features without.
+        inception_weights: path of torch-fidelity's weights (`unspool[inception]`): FID, sFID, Inception score.
+        reference: of these scores, `.npz` statistics as ADM's evaluation has them or a folder of pictures; None: the
+            held-out pictures of the captions.
         judge: folder of a judge of captions (`python -m stage1_tokenizer judge`), which needs these features.
         nll_lines: held-out lines whose exact likelihood is integrated; 0 leaves it out.
         classify_lines: of these, lines that are classified by likelihood, each under ten captions; 0 leaves it out.
@@ -83,6 +95,8 @@ class GenerationReport:
         batch_size: int = 250,
         images_dir: str | None = None,
         imagenet_weights: str | None = None,
+        inception_weights: str | None = None,
+        reference: str | None = None,
         judge: str | None = None,
         nll_lines: int = 64,
         classify_lines: int = 16,
@@ -97,7 +111,10 @@ class GenerationReport:
         self.images_dir, self.nll_lines, self.classify_lines, self.seed = images_dir, nll_lines, classify_lines, seed
         if judge is not None and imagenet_weights is None:
             raise ValueError("got a judge and no imagenet_weights, whose features it reads; set it to installed.")
+        if reference is not None and inception_weights is None:
+            raise ValueError("got a reference and no inception_weights, whose features it has; set inception_weights.")
         self.imagenet_weights, self.judge = imagenet_weights, judge
+        self.inception_weights, self.reference = inception_weights, reference
         self.sample = Sampler(steps, batch_size, seed)
 
     def write(self, prior: Prior, tokenizer: LatentSpace, data: HeldOutData, run_dir: Path) -> Path:
@@ -115,6 +132,8 @@ class GenerationReport:
         with torch.enable_grad():
             classifier = report_classifier(images, run_dir, device=device)
         extractors, skipped = self.extractors(classifier, device)
+        inception = next((x for x in extractors if isinstance(x, InceptionFeatures)), None)
+        reference = read_reference(self.reference, inception) if self.reference and inception else None
         name, shown = extractors[-1].feature_name, self.shown(held)
         first = originals(held, data, images, tokenizer, extractors, shown, prior.num_latents, size)
         training = Training.of(images, extractors, len(held.rows), self.seed, size, device)
@@ -138,7 +157,9 @@ class GenerationReport:
         best = worthwhile(metrics["lengths"]["distance"][str(self.guidance)])
         prior.best_length = best if prior.stops_early else None
         sets = {w: each.pictures for w, each in drawn.items()} | {"real": first.real, "reconstruction": first.recon}
-        if judge is not None and not skipped:
+        if inception is not None:
+            metrics[f"scores[{inception.feature_name}]"] = scores(first.real, drawn, reference)
+        if judge is not None and all(item.name != "judge" for item in skipped):
             rows = spread_rows(len(first.lines.asked), JUDGED)
             read = {key: pictures.rows(name)[rows] for key, pictures in sets.items()}
             metrics["judge"] = judge.verdicts(read, [first.lines.asked[i] for i in rows])
@@ -146,7 +167,7 @@ class GenerationReport:
             read = {key: pictures.readings(classifier.feature_name) for key, pictures in sets.items()}
             metrics |= faithfulness_report(classifier, read, images, held.samples)
         metrics["cost"] = self.cost(prior, tokenizer, held.asked)
-        metrics["diversity"], same = self.diversity(prior, tokenizer, held.asked)
+        metrics["diversity"], same = diversity(self.sample, prior, tokenizer, held.asked, self.guidance)
         metrics |= self.likelihoods(prior, z.to(device), first.lines)
         metrics["report_cost"] = cost.so_far()
         metrics["provenance"] = provenance(self.seed, images.data_dir) | {"cost": cost.text()}
@@ -159,13 +180,16 @@ class GenerationReport:
     def extractors(
         self, classifier: Classifier | None, device: torch.device
     ) -> tuple[list[FeatureExtractor], list[Skipped]]:
-        """The report's own features and ImageNet's where they are named; without these, what is left out."""
-        own: FeatureExtractor = classifier or RandomConvFeatures().to(device)
-        imagenet = imagenet_features(self.imagenet_weights, device)
-        if not isinstance(imagenet, Skipped):
-            return [own, imagenet], []
-        asked = [] if self.judge is None else [Skipped("judge", imagenet.reason, imagenet.how_to_fix)]
-        return [own], [imagenet, *asked]
+        """The report's own features, Inception's and ImageNet's where they are named; and what is left out."""
+        inception, imagenet = (
+            inception_features(self.inception_weights, device),
+            imagenet_features(self.imagenet_weights, device),
+        )
+        found = [classifier or RandomConvFeatures().to(device), inception, imagenet]
+        skipped = [x for x in (imagenet, inception) if isinstance(x, Skipped)]
+        if self.judge is not None and isinstance(imagenet, Skipped):
+            skipped.append(Skipped("judge", imagenet.reason, imagenet.how_to_fix))
+        return [x for x in found if not isinstance(x, Skipped)], skipped
 
     def shown(self, held: HeldOut) -> list[int]:
         """Numbers of the samples that the page shows: of ten different captions, and the first of the sample."""
@@ -268,33 +292,3 @@ class GenerationReport:
             "threads": torch.get_num_threads(),
             "device": device_of(prior).type,
         }
-
-    def diversity(self, prior: Prior, tokenizer: LatentSpace, captions: list[str]) -> tuple[dict[str, float], Tensor]:
-        """8 pictures of each of 8 captions: how far two seeds are apart, and the pictures (8,8,3,H,W)."""
-        chosen = list(dict.fromkeys(captions))[:SEEDS]
-        drawn = self.sample(prior, tokenizer, [c for c in chosen for _ in range(SEEDS)], self.guidance).images
-        same = drawn.unflatten(0, (len(chosen), SEEDS))
-        apart = (same[:, :1] - same[:, 1:]).square().mean(dim=(2, 3, 4)).sqrt()  # (8,7)
-        figures = {
-            "pixel_std_within_caption": same.std(dim=1).mean().item(),
-            "rms_between_two_seeds": apart.mean().item(),
-            "smallest_rms_between_two_seeds": apart.min().item(),
-        }
-        return figures, same
-
-
-def spread(samples: Tensor, data: Tensor) -> dict[str, Any]:
-    """The drift meter: standard deviation of samples over data, both (N,K,C), by position, and its slope.
-
-    slope_along_line: of the ratio, from the first position to the last; 0 where no error adds up.
-    """
-    ours, wanted = samples.var(dim=0).mean(dim=-1), data.var(dim=0).mean(dim=-1)  # (K,)
-    ratio = (ours / wanted).sqrt()
-    at = torch.linspace(-0.5, 0.5, len(ratio))
-    return {
-        "std_ratio": ratio.tolist(),
-        "lowest": ratio.min().item(),
-        "highest": ratio.max().item(),
-        "slope_along_line": ((at * ratio).sum() / at.square().sum()).item() if len(ratio) > 1 else 0.0,
-        "overall": (ours.mean() / wanted.mean()).sqrt().item(),
-    }

@@ -37,6 +37,9 @@ def page(metrics: Mapping[str, Any], pictures: Pictures, guidance: str) -> Repor
     _distribution_table(report, metrics)
     for distances in (value for name, value in metrics.items() if name.startswith("distances")):
         report.table(*distance_table(distances))
+    for name, scores in metrics.items():
+        if name.startswith("scores["):
+            _score_table(report, name, scores)
     _neighbour_table(report, metrics["neighbours"])
     report.section("Curves")
     _curves(report, metrics, guidance)
@@ -134,6 +137,16 @@ def _neighbour_table(report: Report, figures: Mapping[str, Any]) -> None:
         "training: than the median held-out picture is to its nearest training picture; 0.5 copies nothing."
     )
     report.table("Nearest real pictures", columns, rows, note)
+
+
+def _score_table(report: Report, name: str, scores: Mapping[str, Any]) -> None:
+    kinds = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception score"}
+    shown = {key: title for key, title in kinds.items() if key in scores["real"]}
+    rows = [
+        [w if w == "real" else f"guidance {w}", *(f"{score[key]:.2f}" for key in shown)] for w, score in scores.items()
+    ]
+    note = f"n = {scores['real']['n']:,}; the reference is {scores['real']['reference']}."
+    report.table(f"Scores in {name[7:-1]} features", ["pictures", *shown.values()], rows, note)
 
 
 def distance_table(distances: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]], str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, Moments
+from stage1_tokenizer.evaluation.inception import Reference, field_scores
 from stage1_tokenizer.evaluation.picture_data import batches, chosen, training_rows
 from stage1_tokenizer.evaluation.picture_set import PictureSet
 from stage2_prior.base import Prior
@@ -24,6 +25,8 @@ from stage2_prior.evaluation.lengths import Lengths
 from stage2_prior.evaluation.neighbours import Bank, Neighbours, shortest
 from stage2_prior.evaluation.sampling import Sampler, space_device
 from stage2_prior.latent_space import LatentSpace
+
+SEEDS = 8  # pictures of one caption, and captions of which so many are drawn
 
 
 @dataclass(frozen=True)
@@ -148,3 +151,26 @@ def neighbour_figures(drawn: dict[str, Drawn], seen: dict[str, int], num_seen: i
         "recognised_seen": {w: count / num_seen for w, count in seen.items()},
         "nearer_to_training": {w: x.nearer / x.n for w, x in near.items()},
     }
+
+
+def scores(real: PictureSet, drawn: dict[str, Drawn], reference: Reference | None) -> dict[str, dict[str, Any]]:
+    """FID, sFID and Inception score by guidance and of the held-out pictures, which are the reference where None is."""
+    reference = reference or Reference("held-out pictures", real.inception.pooled, real.inception.spatial)
+    sets = {**{w: each.pictures for w, each in drawn.items()}, "real": real}
+    return {name: field_scores(pictures.inception, reference) for name, pictures in sets.items()}
+
+
+def diversity(
+    sampler: Sampler, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float
+) -> tuple[dict[str, float], Tensor]:
+    """8 pictures of each of 8 captions: how far two seeds are apart, and the pictures (8,8,3,H,W)."""
+    chosen = list(dict.fromkeys(captions))[:SEEDS]
+    drawn = sampler(prior, tokenizer, [c for c in chosen for _ in range(SEEDS)], guidance).images
+    same = drawn.unflatten(0, (len(chosen), SEEDS))
+    apart = (same[:, :1] - same[:, 1:]).square().mean(dim=(2, 3, 4)).sqrt()  # (8,7)
+    figures = {
+        "pixel_std_within_caption": same.std(dim=1).mean().item(),
+        "rms_between_two_seeds": apart.mean().item(),
+        "smallest_rms_between_two_seeds": apart.min().item(),
+    }
+    return figures, same

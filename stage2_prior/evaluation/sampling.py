@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,3 +81,20 @@ def decode_all(tokenizer: LatentSpace, z: Tensor, batch_size: int = 250) -> Tens
 def device_of(module: torch.nn.Module) -> torch.device:
     """Where the parameters of a module lie."""
     return next(module.parameters()).device
+
+
+def spread(samples: Tensor, data: Tensor) -> dict[str, Any]:
+    """The drift meter: standard deviation of samples over data, both (N,K,C), by position, and its slope.
+
+    slope_along_line: of the ratio, from the first position to the last; 0 where no error adds up.
+    """
+    ours, wanted = samples.var(dim=0).mean(dim=-1), data.var(dim=0).mean(dim=-1)  # (K,)
+    ratio = (ours / wanted).sqrt()
+    at = torch.linspace(-0.5, 0.5, len(ratio))
+    return {
+        "std_ratio": ratio.tolist(),
+        "lowest": ratio.min().item(),
+        "highest": ratio.max().item(),
+        "slope_along_line": ((at * ratio).sum() / at.square().sum()).item() if len(ratio) > 1 else 0.0,
+        "overall": (ours.mean() / wanted.mean()).sqrt().item(),
+    }

@@ -1,9 +1,5 @@
 """Frechet distance against the closed form of Gaussians; precision and recall on constructed sets."""
 
-import sys
-import tomllib
-from pathlib import Path
-
 import pytest
 import scipy.linalg
 import torch
@@ -12,10 +8,8 @@ from stage1_tokenizer.evaluation.frechet import (
     Moments,
     RandomConvFeatures,
     frechet_distance,
-    inception_features,
     precision_recall,
 )
-from stage1_tokenizer.evaluation.image_metrics import Skipped
 
 
 def gaussian(n: int, dim: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -76,6 +70,10 @@ def test_moments_of_batches_are_those_of_the_whole(n: int, dim: int) -> None:
         assert frechet_distance(moments(a, batch), moments(b, batch)) == pytest.approx(expected, rel=1e-5)
         assert frechet_distance(moments(a, batch), b) == pytest.approx(expected, rel=1e-5)
     assert frechet_distance(moments(a, 7), moments(a, n)) < 1e-5 * expected
+    merged = moments(a[: n // 3], 7)
+    merged.merge(moments(a[n // 3 :], n))
+    assert frechet_distance(merged, a) < 1e-5 * expected
+    assert frechet_distance(merged, b) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="wanted \\(B, "):
         moments(a, 7).add(torch.zeros(2, dim + 1))
 
@@ -109,18 +107,3 @@ def test_balls_reach_the_nearest_neighbour() -> None:
     fake = torch.tensor([[-0.9], [-1.1], [3.5], [10.0]])  # radii 0.2, 0.2, 4.4, 6.5
     assert precision_recall(real, fake, neighbours=1) == (0.5, 1.0)
     assert precision_recall(real, fake, neighbours=2) == (0.75, 1.0)
-
-
-def test_missing_inception_weights_are_skipped_by_name(tmp_path: Path) -> None:
-    for weights in (None, tmp_path / "missing.pth"):
-        result = inception_features(weights)
-        assert isinstance(result, Skipped) and "inception" in result.name and result.how_to_fix
-
-
-def test_the_extra_that_brings_inception_is_one_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "weights.pth").touch()
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
-    result = inception_features(tmp_path / "weights.pth")
-    project = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
-    extra = next(name for name, needs in project["optional-dependencies"].items() if "torch-fidelity" in needs[0])
-    assert isinstance(result, Skipped) and f"unspool[{extra}]" in result.how_to_fix

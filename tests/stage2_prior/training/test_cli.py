@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +18,7 @@ from data.sources.scenes import COLOURS
 from stage1_tokenizer import Tokenizer
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, fit_classifier
+from stage1_tokenizer.evaluation.inception import InceptionFeatures
 from stage1_tokenizer.evaluation.judge import CaptionJudge, fit_judge
 from stage1_tokenizer.export import save_module
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
@@ -33,7 +35,7 @@ from stage2_prior.heads.mse import MSEHead
 from stage2_prior.latent_space import load_space
 from stage2_prior.training.latent_data import PriorDataModule, PriorImageModule, read_captions
 from stage2_prior.training.lit_prior import LitPrior
-from tests.tiny import SIZE, C, K, tiny_tokenizer
+from tests.tiny import SIZE, C, K, SmallInception, tiny_tokenizer
 from tests.warm import command
 
 
@@ -350,6 +352,34 @@ def test_report_from_pictures_equals_that_from_latents(
     a, b = (json.loads((tmp_path / n / "generation" / "metrics.json").read_text()) for n in "ab")
     assert b["latents"]["2.0"]["std_ratio"] == pytest.approx(a["latents"]["2.0"]["std_ratio"], rel=1e-3)
     assert b["nll"]["by_position"] == pytest.approx(a["nll"]["by_position"], rel=1e-2)
+
+
+def test_scores_stand_against_a_reference_or_the_held_out_pictures(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "report_classifier", lambda *_, **__: None)
+    inception = InceptionFeatures(SmallInception(), "cpu")
+    monkeypatch.setattr(generation, "inception_features", lambda weights, device: inception)
+    shift = 1e3  # so far away that nothing else counts
+    mean, mean_s = (np.full(width, shift) for width in inception.widths[:2])
+    np.savez(tmp_path / "far.npz", mu=mean, sigma=np.eye(len(mean)), mu_s=mean_s, sigma_s=np.eye(len(mean_s)))
+    prior, space = Prior.from_pretrained(run_dir / "prior"), load_space(run_dir / "tokenizer")
+    options: dict[str, Any] = {"num_captions": 10, "batch_size": 4, "guidances": [1.0], "nll_lines": 0}
+    for reference in (None, str(tmp_path / "far.npz")):
+        report = GenerationReport(**options, inception_weights="given", reference=reference)
+        report.images_dir = str(run_dir / "data")
+        page = report.write(prior, space, PriorDataModule(str(run_dir / "latents")), tmp_path).read_text()
+        metrics = json.loads((tmp_path / "generation" / "metrics.json").read_text())
+        scores = metrics["scores[inception-v3-compat]"]
+        assert set(scores) == {"1.0", "2.0", "real"} and "Inception score" in page
+        if reference is None:
+            distances = metrics["distances[inception-v3-compat]"]["generated_real"]
+            assert scores["2.0"]["fid"] == pytest.approx(distances["2.0"]) and scores["real"]["fid"] < 1e-6
+        else:
+            assert scores["real"]["fid"] == pytest.approx(len(mean) * shift**2, rel=0.01)
+            assert scores["real"]["sfid"] == pytest.approx(len(mean_s) * shift**2, rel=0.01)
+    with pytest.raises(ValueError, match="got a reference and no inception_weights"):
+        GenerationReport(reference="anywhere")
 
 
 def generation_slots(data: dict[str, Any]) -> Any:
