@@ -146,8 +146,16 @@ def split_of(key: str, val_fraction: float) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` so that `path` either holds all of it or what it held before, also across a crash."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write `content` so that `path` either holds all of it or what it held before, also across a crash.
+
+    Raises DataError for text that no UTF-8 can hold: half of a surrogate pair, as JSON may spell it.
+    """
+    try:
+        written = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end].encode("unicode_escape").decode()
+        raise DataError(f"{path} cannot hold {half}, which is no character; take it out of what was read") from error
+    write_bytes(path, written)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

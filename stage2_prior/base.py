@@ -84,7 +84,7 @@ class Prior(Spec, SpaceBound):
 
         guidance: 1 is conditional, 0 unconditional, 1.5 to 3 usual; or a schedule over positions and times.
         steps: network evaluations of the head per latent (None: those of the solver).
-        temperature: factor on every normal draw, from 0 (no chance at all) upwards; 1 samples the model.
+        temperature: factor on every normal draw, from 0 (no chance at all) to 100; 1 samples the model.
         generator: on the prior's device; the same state gives the same sample.
         solver: of a head that is solved, in place of its own (None); see the table in `heads.solvers`.
         prefix: (B,p,C) the first p latents, kept bit for bit; the rest is drawn given these and the captions.
@@ -230,8 +230,8 @@ class Prior(Spec, SpaceBound):
         caption takes the place of the null word. Raises PriorError for a temperature out of range, and for a negative
         caption that nothing would look at.
         """
-        if not is_number(temperature) or not 0 <= temperature < float("inf"):
-            raise PriorError(f"got temperature={temperature!r:.40}, wanted a finite number of at least 0.")
+        if not is_number(temperature) or not 0 <= temperature <= 100:
+            raise PriorError(f"got temperature={temperature!r:.40}, wanted a number from 0 to 100.")
         schedule = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         scales, text = schedule.scales(self.num_latents), self.encode_text(captions)
         if negative is None:

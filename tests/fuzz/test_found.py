@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save
 
 from data.__main__ import main as data_main
-from data.prepare.finalize import read_plan
+from data.prepare.finalize import finalize, read_plan
 from data.prepare.records import read_record
 from data.reading.datamodule import ImageDataModule, LatentDataModule
 from data.reading.datasets import captions_of, label_of
@@ -101,6 +101,17 @@ def test_a_plan_or_a_record_that_names_a_file_outside_is_refused(tmp_path: Path)
         (tmp_path / "chunks" / "00000.json").write_text(json.dumps({**record, "shards": {"train/0.tar": shard}}))
         assert read_record(tmp_path, 0, "f") is not None
     assert data_main(["finalize", str(tmp_path)]) == 1
+
+
+def test_half_of_a_surrogate_pair_in_a_plan_is_a_sentence(tmp_path: Path) -> None:
+    scenes = ["--source", "scenes", "--num", "8", "--workers", "1", "--out", str(tmp_path)]
+    assert not data_main(["prepare", *scenes])
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["config"]["source"]["path"] = ["\ud800"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(DataError, match=r"cannot hold \\ud800"):
+        finalize(tmp_path)
+    assert read_manifest(tmp_path)["counts"]  # what was there stays
 
 
 def test_latents_of_different_shapes_are_named(tmp_path: Path) -> None:
@@ -206,7 +217,7 @@ def test_arguments_of_calls_that_are_of_another_kind_are_sentences() -> None:
     odd: Any = {"k": "2"}
     with pytest.raises(ValueError, match="got 2 latents"):
         TOKENIZER.encode(images, **odd)
-    for odd in ({"temperature": "1"}, {"guidance": {}}, {"num_latents": 1.5}, {"negative": 7}):
+    for odd in ({"temperature": "1"}, {"temperature": 1e308}, {"guidance": {}}, {"num_latents": 1.5}, {"negative": 7}):
         with pytest.raises(ValueError, match="got"):
             PRIOR.sample(CAPTIONS[:1], **odd)
     for captions in (7, [], [" "], None):
