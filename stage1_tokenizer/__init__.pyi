@@ -3,7 +3,7 @@ from .decoder import Decoder as Decoder, PixelDecoder as PixelDecoder, ViTDecode
 from .encoder import Encoder as Encoder, PatchTrunk as PatchTrunk, QFormerEncoder as QFormerEncoder, Trunk as Trunk
 from .evaluation.judge import CaptionJudge as CaptionJudge
 from .linear_path import LinearPath as LinearPath
-from .predictor import LatentPredictor as LatentPredictor
+from .predictor import LatentPredictor as LatentPredictor, Predictor as Predictor
 from .prefixes import PrefixLengths as PrefixLengths
 from .supervision import PictureSupervision as PictureSupervision, Supervision as Supervision
 from .text.captioner import PrefixCaptioner as PrefixCaptioner

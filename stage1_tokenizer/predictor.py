@@ -21,7 +21,27 @@ from stage1_tokenizer.spec import Spec
 LEAST_VARIANCE = 1e-4  # of a position, so that one that has collapsed is not divided by nothing
 
 
-class LatentPredictor(Spec, nn.Module):
+class Predictor(Spec, nn.Module):
+    """Contract of what reads a line on, in training only: its error is a loss on the encoder, an export is without it.
+
+    num_latents, latent_dim: K and C of the tokenizer.
+    """
+
+    num_latents: int
+    latent_dim: int
+
+    def prepare(self) -> None:
+        """Called before training: read what the losses need. Raises ValueError where it is missing or does not fit."""
+
+    def losses(self, z: Tensor, pixels: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """z (B,K,C) before standardisation -> losses `predictor` and `predicted`, and figures without a graph.
+
+        pixels: the decoder's loss on latents (B,K,C) of these pictures, a scalar.
+        """
+        raise NotImplementedError
+
+
+class LatentPredictor(Predictor):
     """Predicts every latent but the first from those before it. It trains a tokenizer and is not exported with it.
 
     Args:
@@ -69,10 +89,7 @@ class LatentPredictor(Spec, nn.Module):
         return self.out(self.norm(x)).float()
 
     def losses(self, z: Tensor, pixels: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """z (B,K,C) -> `predictor` and, if asked for, `predicted`, both to be minimised; `unpredicted`: share, to log.
-
-        pixels: the decoder's loss on latents (B,K,C) of these pictures, a scalar.
-        """
+        """z (B,K,C) -> `predictor` and, if asked for, `predicted`, both minimised; `unpredicted`: the share, to log."""
         guess, target = self(z), z[:, 1:].float()
         error = (guess - target).square().mean((0, 2))  # (K-1,)
         share = error / target.var(0, correction=0).mean(-1).clamp_min(LEAST_VARIANCE)

@@ -27,7 +27,7 @@ from stage1_tokenizer.export import load_module, push_module, save_module
 from stage1_tokenizer.layers import training_only
 from stage1_tokenizer.linear_path import LinearPath
 from stage1_tokenizer.precision import held_autocast, hold_weights
-from stage1_tokenizer.predictor import LatentPredictor
+from stage1_tokenizer.predictor import Predictor
 from stage1_tokenizer.prefixes import PrefixLengths, keep_mask
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.supervision import PictureSupervision, Supervision
@@ -44,7 +44,7 @@ class Tokenizer(Spec, nn.Module):
         lengths: which prefixes a training step decodes besides the full length; None decodes the full length only.
         text: text supervision of prefixes; None for a tokenizer that knows no captions.
         linear_path: fixed principal components beside the encoder and decoder (photographs); None for none.
-        predictor: a small causal model of the line that is trained along; None for none.
+        predictor: a model of the line, trained along or frozen, whose error is a loss on the encoder; None for none.
         alignment: supervision of prefixes by the pictures themselves, in training; None for none.
     """
 
@@ -65,7 +65,7 @@ class Tokenizer(Spec, nn.Module):
         lengths: PrefixLengths | None = None,
         text: Supervision | None = None,
         linear_path: LinearPath | None = None,
-        predictor: LatentPredictor | None = None,
+        predictor: Predictor | None = None,
         alignment: PictureSupervision | None = None,
     ):
         super().__init__()

@@ -65,6 +65,7 @@ from .training.prior_draws import PriorDraws as PriorDraws
 from .variants.autoencoder import AutoencoderLatents as AutoencoderLatents
 from .variants.captioning import CaptioningPrior as CaptioningPrior
 from .variants.frequencies import FrequencyLatents as FrequencyLatents
+from .variants.frozen import FrozenPrior as FrozenPrior
 from .variants.joint import JointPrior as JointPrior
 from .variants.masked import (
     CosineShare as CosineShare,

@@ -82,6 +82,23 @@ class SpaceBound(nn.Module):
         code = fingerprint.encode("ascii")[:FINGERPRINT_LENGTH].ljust(FINGERPRINT_LENGTH, b"\0")
         self.fingerprint_bytes.copy_(torch.tensor(list(code), dtype=torch.uint8))
 
+    def start_from(self, other: nn.Module) -> None:
+        """Take the weights of `other`, whose latents may be those of another tokenizer; the space stays this one's.
+
+        Raises PriorError for weights of other shapes, and where tables that were read off the captions differ.
+        """
+        mine, theirs = dict(self.named_parameters()), dict(other.named_parameters())
+        if {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in theirs.items()}:
+            raise PriorError(
+                "the prior of this config differs from that to start from; give the same classes and sizes."
+            )
+        of_space, state = ("fingerprint_bytes", "head."), other.state_dict()
+        tables = {n: t for n, t in self.state_dict().items() if n not in mine}
+        for name, table in tables.items():
+            if not name.startswith(of_space) and not torch.equal(table.cpu(), state[name].cpu()):
+                raise PriorError(f"{name} differs from that of the prior to start from; give it the same captions.")
+        self.load_state_dict(state | tables)
+
     def export_facts(self) -> dict[str, Any]:
         """Besides the spec: `best_length`."""
         return {} if self.best_length is None else {"best_length": self.best_length}

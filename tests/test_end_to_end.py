@@ -19,6 +19,7 @@ from stage1_tokenizer.training.options import StartOptions
 from stage2_prior.prior import Prior
 from stage2_prior.training.latent_data import PriorDataModule
 from stage2_prior.training.lit_prior import LitPrior
+from tests.same_numbers import build
 from tests.tiny import TINY_CLIP, tiny_clip, tiny_tokenizer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -54,6 +55,7 @@ SAME_PARTS = (
     "no_linear_path",
     "next_latent",
     "next_latent_pixels",
+    "frozen_prior",
     "features_on_prefixes",
     "perceptual_lite0",
     "night",
@@ -78,6 +80,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def prior_of(run: Path, folder: Path) -> Path:
+    """The demo's prior, untrained, of the run's tokenizer; its folder."""
+    tokenizer, prior = Tokenizer.from_pretrained(run / "tokenizer"), build("stage2", ["stage2/demo"], []).prior
+    prior.vocabulary.fit(["a red circle"])
+    prior.bind(tokenizer.num_latents, tokenizer.latent_dim, tokenizer.fingerprint)
+    return Path(prior.save_pretrained(folder / "prior"))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Path) -> None:
     configs = [f"--config={CONFIGS / 'stage1' / 'demo.yaml'}", f"--config={CONFIGS / 'variants' / (variant + '.yaml')}"]
@@ -88,6 +98,10 @@ def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Pa
         small = [f"--run_dir={demo}", f"--data.data_dir={demo / 'latents'}", *SHRUNK]
         stage2("fit", f"--config={CONFIGS / 'stage2' / 'demo.yaml'}", *small)
         own += [f"--model.redraw.init_args.prior_dir={demo / 'prior'}"]
+    if variant == "frozen_prior":
+        part = "--model.tokenizer.init_args.predictor.init_args"
+        own += [f"{part}.prior_dir={prior_of(demo, tmp_path)}", f"{part}.tokenizer_dir={demo / 'tokenizer'}"]
+        own += [f"--model.start.init_from={demo / 'tokenizer'}"]
     if variant == "text_open_clip":
         part = "--model.tokenizer.init_args.text.init_args"
         own += [f"{part}.tower.init_args.checkpoint={tiny_clip(tmp_path)}", f"{part}.reader.init_args.embed_dim=24"]

@@ -109,6 +109,8 @@ class LitTokenizer(pl.LightningModule):
             loss.prepare()
         if self.tokenizer.alignment is not None:
             self.tokenizer.alignment.prepare()
+        if self.tokenizer.predictor is not None:
+            self.tokenizer.predictor.prepare()
         if self.start.init_from is not None:
             self.tokenizer.start_from(Tokenizer.from_pretrained(self.start.init_from))
             if self.redraw is not None:

@@ -62,6 +62,7 @@ class LitPrior(pl.LightningModule):
         tokenizer_dir: exported tokenizer, for test and predict, and for training on pictures or with its text tower;
             None: `tokenizer/` of the run.
         report: what `test` measures.
+        init_from: exported prior to start from, of the same classes and captions; None: from random weights.
     """
 
     def __init__(
@@ -74,19 +75,19 @@ class LitPrior(pl.LightningModule):
         sampling: SamplingOptions = SamplingOptions(),
         tokenizer_dir: str | None = None,
         report: GenerationReport | None = None,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= long_captions <= 1:
-            raise PriorError(f"got long_captions={long_captions}, wanted a share from 0 to 1.")
-        if not 0 <= position_decay < float("inf"):
-            raise PriorError(f"got position_decay={position_decay}, wanted an exponent of at least 0.")
+        if not (0 <= long_captions <= 1 and 0 <= position_decay < float("inf")):
+            got = f"got long_captions={long_captions}, position_decay={position_decay}"
+            raise PriorError(f"{got}; wanted a share from 0 to 1 and an exponent of at least 0.")
         self.prior = prior
         self.optimizer_options, self.schedule, self.long_captions = optimizer, schedule, long_captions
         weights = position_weights(prior.num_latents, position_decay) if position_decay else None
         self.register_buffer("position_weights", weights, persistent=False)
         self.position_weights: Tensor | None
         self.sampling, self.tokenizer_dir, self.report = sampling, tokenizer_dir, report or GenerationReport()
-        self.means = Means()
+        self.means, self.init_from = Means(), init_from
         self.run_dir, self.stage_dir = Path("."), Path(".")  # given by the command line
         self.frozen: tuple[LatentSpace, ...] = ()  # the tokenizer; a tuple is no submodule: no checkpoint holds it
 
@@ -154,6 +155,8 @@ class LitPrior(pl.LightningModule):
             note = self.prior.prepare(datamodule, self.load_tokenizer)
             if note:
                 print(note)
+            if self.init_from is not None:
+                self.prior.start_from(Prior.from_pretrained(self.init_from))
         if stage in ("test", "predict"):
             self.prior.check(self.tokenizer)
 
@@ -234,8 +237,7 @@ class LitPrior(pl.LightningModule):
 
     def look(self, pictures: int) -> Look:
         """What is drawn for held-out captions, by prefix, and the last training loss."""
-        self.load_tokenizer()
-        self.move_tokenizer()
+        self.load_tokenizer().to(self.device)
         held = self.trainer.datamodule.arrays("val", pictures)  # type: ignore[attr-defined]
         labels = held["labels"].tolist()
         asked = [self.prior.words.ask(*sample) for sample in zip(held["captions"], labels, strict=True)]
@@ -264,10 +266,9 @@ class LitPrior(pl.LightningModule):
         captions = [c[0] for c in batch["captions"]]
         place = batch_idx * self.trainer.world_size + self.trainer.global_rank  # no two batches share their noise
         generator = torch.Generator(device=self.device).manual_seed(torch.initial_seed() + place)
-        s = self.sampling
+        s, folder = self.sampling, self.run_dir / "images"
         k = self.prior.best_length if s.num_latents is None else s.num_latents
         z = self.prior.sample(captions, s.guidance, s.steps, s.temperature, generator, s.solver, num_latents=k)
-        folder = self.run_dir / "images"
         pixels = ((self.tokenizer.decode(z, generator) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
         for key, picture in zip(batch["keys"], pixels.numpy(), strict=True):
             Image.fromarray(picture).save(folder / f"{key}.png")
