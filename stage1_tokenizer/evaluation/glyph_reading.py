@@ -2,11 +2,11 @@
 
     python -m stage1_tokenizer glyphs --tokenizer runs/glyphs/tokenizer --data runs/glyphs/data --out runs/reading
 
-Pictures of `prepare --source glyphs` are encoded, decoded from their first k latents, cut into rows of characters and
-read by PP-OCRv4 (`pip install unspool[ocr]`), real pictures too: what it misses there is its own error. Beside the
-share of characters stand the bits of the code, a symbol's where it has symbols and the rate of its noise elsewhere, and
-the counting bound: a code of b bits names at most 2^b pictures, so that of 2^n equally likely ones it brings back a
-share of 2^(b - n) without an error, and no more.
+Pictures of `prepare --source glyphs` are encoded, decoded from their first k latents as a receiver of so many bits gets
+them (a noisy code with its noise), cut into rows of characters and read by PP-OCRv4 (`pip install unspool[ocr]`), real
+pictures too: what it misses there is its own error. Beside the share of characters stand the bits of the code, a
+symbol's where it has symbols and the rate of its noise elsewhere, and the counting bound: a code of b bits names at
+most 2^b pictures, so that of 2^n equally likely ones it brings back a share of 2^(b - n) without an error, and no more.
 
 Letters: M pictures, N characters of each, S side in pixels, K latents, k prefix length.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data.reading.datamodule import ImageDataModule
 from data.sources.glyphs import grid
-from stage1_tokenizer.evaluation.latent_use import code_bits
+from stage1_tokenizer.evaluation.latent_use import code_bits, received
 from stage1_tokenizer.evaluation.reconstruct import ReconstructError, reconstruct
 from stage1_tokenizer.evaluation.reconstruction_pass import prefix_lengths
 from stage1_tokenizer.evaluation.report import Report
@@ -83,7 +83,7 @@ def read_glyphs(
     characters, whole: shares read right, of characters and of pictures. bits: of the first k latents. wanted_bits: of a
     picture. bound: the largest share of whole pictures that a code of so many bits allows.
     """
-    pictures, _ = reconstruct(tokenizer, images, lengths)
+    pictures, _ = reconstruct(tokenizer, images, lengths, z=received(tokenizer, images))
     bits, wanted = code_bits(tokenizer, images), len(texts[0]) * math.log2(alphabet)
     result: dict[str, Any] = {"n": len(texts), "characters_each": len(texts[0]), "wanted_bits": wanted}
     right = {k: right_characters(reader, picture, texts) for k, picture in ({0: images} | pictures).items()}

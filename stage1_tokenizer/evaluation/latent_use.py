@@ -55,3 +55,10 @@ def code_bits(tokenizer: Tokenizer, images: Tensor) -> list[float]:
     with torch.inference_mode():
         use = latent_use(*tokenizer.posterior(images.to(tokenizer.latent_mean.device)))
     return list(itertools.accumulate(use.rate_bits.tolist()))
+
+
+@torch.inference_mode()
+def received(tokenizer: Tokenizer, images: Tensor, seed: int = 0) -> Tensor:
+    """images (N,3,H,W) -> z (N,K,C) as a receiver of `code_bits` gets them: symbols, or means with their noise."""
+    mean, std = tokenizer.posterior(images.to(tokenizer.latent_mean.device))
+    return mean + std * torch.randn(mean.shape, generator=torch.Generator().manual_seed(seed)).to(mean)

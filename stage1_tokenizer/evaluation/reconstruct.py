@@ -60,11 +60,12 @@ def read_picture(content: bytes, name: str, size: int) -> Tensor:
 
 @torch.inference_mode()
 def reconstruct(
-    tokenizer: Tokenizer, images: Tensor, lengths: Sequence[int], seed: int = 0
+    tokenizer: Tokenizer, images: Tensor, lengths: Sequence[int], seed: int = 0, z: Tensor | None = None
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """images (N, 3, H, W) in [-1, 1] -> pictures (N, 3, H, W) and PSNR in dB (N,), both by k.
 
-    seed: of a stochastic decoder's noise. Raises ReconstructError for a k that is not from 1 to K.
+    seed: of a stochastic decoder's noise. z: (N, K, C), what is decoded; None: posterior means. Raises ReconstructError
+    for a k that is not from 1 to K.
     """
     wrong = [k for k in lengths if not 1 <= k <= tokenizer.num_latents]
     if wrong:
@@ -73,7 +74,7 @@ def reconstruct(
         )
     device = tokenizer.latent_mean.device
     generator = torch.Generator(device).manual_seed(seed)
-    z = tokenizer.encode(images.to(device))  # (N, K, C)
+    z = tokenizer.encode(images.to(device)) if z is None else z  # (N, K, C)
     pictures = {k: tokenizer.decode(z[:, :k], generator=generator).cpu() for k in lengths}
     return pictures, {k: psnr(picture, images) for k, picture in pictures.items()}
 

@@ -24,7 +24,7 @@ from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.classifier import Classifier, accuracy_by_slot
 from stage1_tokenizer.evaluation.classifier_fit import report_classifier
 from stage1_tokenizer.evaluation.frechet import frechet_distance
-from stage1_tokenizer.evaluation.latent_use import code_bits
+from stage1_tokenizer.evaluation.latent_use import code_bits, received
 from stage1_tokenizer.evaluation.picture_set import features_of
 from stage1_tokenizer.similarity import psnr
 from stage1_tokenizer.tokenizer import Tokenizer
@@ -39,15 +39,9 @@ def nats_of_noise(std: Tensor) -> float:
 
 
 @torch.inference_mode()
-def received(tokenizer: Tokenizer, images: Tensor, noise: bool) -> tuple[Tensor, Tensor]:
-    """(pictures (N,3,S,S) decoded from all latents, posterior std (N,K,C)) of images (N,3,S,S)."""
-    generator, decoded, spread = torch.Generator().manual_seed(0), [], []
-    for part in images.split(BATCH):
-        mean, std = tokenizer.posterior(part)
-        drawn = mean + std * torch.randn(mean.shape, generator=generator) if noise else mean
-        decoded.append(tokenizer.decode(drawn))
-        spread.append(std)
-    return torch.cat(decoded), torch.cat(spread)
+def decoded(tokenizer: Tokenizer, z: Tensor) -> Tensor:
+    """z (N,K,C) -> pictures (N,3,S,S), batch by batch."""
+    return torch.cat([tokenizer.decode(part) for part in z.split(BATCH)])
 
 
 def generation(run: Path, noise: float) -> dict[str, Any]:
@@ -67,11 +61,12 @@ def generation(run: Path, noise: float) -> dict[str, Any]:
     return found
 
 
+@torch.inference_mode()
 def measured(run: Path, classifier: Classifier, samples: dict[str, Any], real: Tensor) -> dict[str, Any]:
     """Figures of one run folder on held-out `samples`, whose features are `real` (N,D)."""
     tokenizer, images = Tokenizer.from_pretrained(run / "tokenizer"), samples["images"]
-    plain, std = received(tokenizer, images, noise=False)
-    coded, _ = received(tokenizer, images, noise=True)
+    mean, std = tokenizer.posterior(images)
+    plain, coded = decoded(tokenizer, mean), decoded(tokenizer, received(tokenizer, images))
     features = features_of(classifier, coded)
     right = accuracy_by_slot(classifier.read(features), classifier.targets(samples), classifier.slots)
     return {

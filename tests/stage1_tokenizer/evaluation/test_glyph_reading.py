@@ -13,7 +13,7 @@ from data.__main__ import main as data_main
 from data.sources.glyphs import Glyphs
 from stage1_tokenizer.__main__ import main
 from stage1_tokenizer.evaluation.glyph_reading import rapid_reader, read_glyphs, right_characters
-from stage1_tokenizer.evaluation.latent_use import code_bits
+from stage1_tokenizer.evaluation.latent_use import code_bits, received
 from stage1_tokenizer.variants.quantised import VQBottleneck
 from tests.tiny import SIZE, WIDTH, C, K, tiny_tokenizer
 
@@ -47,6 +47,17 @@ def test_bits_are_those_of_the_symbols_or_of_the_noise_and_bound_what_can_be_rig
     assert result["wanted_bits"] == 20 and result["bits"] == {1: 4.0, 5: 20.0, 6: 24.0}
     assert result["bound"] == {1: 2.0**-16, 5: 1.0, 6: 1.0}
     assert result["characters"] == {0: 1.0, 1: 1.0, 5: 1.0, 6: 1.0} == result["whole"]
+
+
+def test_a_receiver_gets_symbols_as_they_are_and_a_noisy_code_with_its_noise() -> None:
+    tokenizer = tiny_tokenizer()
+    images = torch.rand(64, 3, SIZE, SIZE) * 2 - 1
+    mean, std = tokenizer.posterior(images)
+    noise = (received(tokenizer, images) - mean) / std
+    assert abs(noise.mean().item()) < 0.1 and abs(noise.std().item() - 1) < 0.1
+    assert torch.equal(received(tokenizer, images), received(tokenizer, images))
+    tokenizer.bottleneck = VQBottleneck(WIDTH, K, C, codes=16)
+    assert torch.equal(received(tokenizer, images), tokenizer.encode(images))
 
 
 def test_the_installed_reader_reads_letters() -> None:
