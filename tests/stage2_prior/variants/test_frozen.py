@@ -32,18 +32,18 @@ def moved_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def exported(folder: Path, tokenizer: Tokenizer, prior: CausalPrior) -> dict[str, str]:
+def exported(folder: Path, tokenizer: Tokenizer, prior: CausalPrior) -> tuple[str, str]:
     prior.bind(K, C, tokenizer.fingerprint)
     prior.save_pretrained(folder / "prior")
     tokenizer.save_pretrained(folder / "tokenizer")
-    return {"prior_dir": str(folder / "prior"), "tokenizer_dir": str(folder / "tokenizer")}
+    return str(folder / "prior"), str(folder / "tokenizer")
 
 
 @pytest.mark.parametrize("n", [K, K - 2])
 def test_it_says_what_the_prior_says_of_a_line_in_the_units_of_its_tokenizer(n: int, tmp_path: Path) -> None:
     tokenizer, prior = moved_tokenizer(), tiny_prior(n)
     awaken(prior)
-    teacher = FrozenPrior(K, C, **exported(tmp_path, tokenizer, prior), weight=0.5)
+    teacher = FrozenPrior(K, C, *exported(tmp_path, tokenizer, prior), weight=0.5)
     line = torch.randn(5, K, C)
     raw = line * tokenizer.latent_scale + tokenizer.latent_mean
     torch.manual_seed(3)
@@ -59,7 +59,7 @@ def test_it_says_what_the_prior_says_of_a_line_in_the_units_of_its_tokenizer(n: 
 def test_it_moves_the_encoder_and_nothing_else_and_leaves_no_trace(tmp_path: Path) -> None:
     tokenizer, prior = moved_tokenizer(), tiny_prior()
     awaken(prior)
-    teacher = FrozenPrior(K, C, **exported(tmp_path, tokenizer, prior), weight=0.01)
+    teacher = FrozenPrior(K, C, *exported(tmp_path, tokenizer, prior), weight=0.01)
     teacher.prepare()
     tokenizer.predictor = teacher
     tokenizer.train()
@@ -90,8 +90,8 @@ def test_an_encoder_that_listens_makes_lines_that_its_prior_finds_likelier(tmp_p
     folders = exported(tmp_path, tokenizer, prior)
     left = {}
     for name, weight in (("listens", 1.0), ("control", 1e-9)):
-        learner = Tokenizer.from_pretrained(folders["tokenizer_dir"]).train()
-        learner.predictor = FrozenPrior(K, C, **folders, weight=weight)
+        learner = Tokenizer.from_pretrained(folders[1]).train()
+        learner.predictor = FrozenPrior(K, C, *folders, weight=weight)
         optimizer = torch.optim.AdamW(learner.encoder.parameters(), lr=1e-3)
         torch.manual_seed(0)
         for _ in range(30):
@@ -110,16 +110,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weight 0"):
         FrozenPrior(K, C, weight=0.0)
     with pytest.raises(PriorError, match=f"a line of 9 x {C}"):
-        FrozenPrior(9, C, **folders).prepare()
+        FrozenPrior(9, C, *folders).prepare()
     other = tiny_tokenizer(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(PriorError, match="other weights"):
-        FrozenPrior(K, C, folders["prior_dir"], str(other)).prepare()
+        FrozenPrior(K, C, folders[0], str(other)).prepare()
     plain = tiny_tokenizer(text=False)
     symbols = Tokenizer(
         plain.image_size, plain.encoder, FSQBottleneck(WIDTH, K, (5,) * C), plain.decoder, plain.lengths
     ).eval()
     with pytest.raises(PriorError, match="no tokenizer of continuous latents"):
-        FrozenPrior(K, C, **exported(tmp_path / "symbols", symbols, tiny_prior())).prepare()
+        FrozenPrior(K, C, *exported(tmp_path / "symbols", symbols, tiny_prior())).prepare()
 
 
 def test_a_prior_goes_on_over_the_latents_of_another_tokenizer(tmp_path: Path) -> None:
