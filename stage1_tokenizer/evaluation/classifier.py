@@ -64,6 +64,7 @@ class Classifier(nn.Module):
         """(N, 3, H, W) in [-1, 1] -> (N, D), what the heads see."""
         return self.trunk(images.to(memory_format=torch.channels_last)).float()
 
+    @torch.inference_mode()
     def read(self, features: Tensor) -> Tensor:
         """Features (N, D) -> class index of every slot, (N, S)."""
         return torch.stack([x.argmax(dim=1) for x in self.heads(features).split(self.slots.sizes, dim=1)], dim=1)

@@ -16,6 +16,7 @@ from data.reading.datamodule import ImageDataModule
 from data.reading.latents import LatentShardWriter, write_latent_manifest
 from data.sources.scenes import COLOURS
 from stage1_tokenizer import Tokenizer
+from stage1_tokenizer.evaluation.attributes import Slots
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier
 from stage1_tokenizer.evaluation.classifier_fit import Budget, fit_classifier
 from stage1_tokenizer.evaluation.inception import InceptionFeatures
@@ -162,12 +163,16 @@ def test_report_says_all_it_promises(run_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_sweep_fills_every_cell(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_module, "report_classifier", lambda images, run: None)
+    def untrained(images: ImageDataModule, run: Path) -> AttributeClassifier:
+        return AttributeClassifier(Slots.of_scenes(images.arrays("train")["attributes"]), SIZE, width=8).eval()
+
+    monkeypatch.setattr(sweep_module, "report_classifier", untrained)
     options = ["--guidances", "1", "2", "--steps", "2", "4", "--num_captions", "16"]
     assert sweep_module.main(["--run_dir", str(run_dir), *options]) == 0
     metrics = json.loads((run_dir / "sweep" / "metrics.json").read_text())
     assert [(c["steps"], c["guidance"]) for c in metrics["cells"]] == [(2, 1), (2, 2), (4, 1), (4, 2)]
-    assert all(c["frechet"] > 0 for c in metrics["cells"]) and metrics["features"].startswith("random-conv")
+    assert metrics["features"] == "attribute-classifier"
+    assert all(c["frechet"] > 0 and 0 <= c["right"] <= 1 for c in metrics["cells"])
     with pytest.raises(SystemExit):
         sweep_module.main(["--run_dir", str(run_dir), "--steps", "3"])  # midpoint asks twice per interval
 
