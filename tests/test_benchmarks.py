@@ -72,9 +72,9 @@ def test_growth_is_told_from_jumps_and_from_what_warms_up() -> None:
 
 
 def test_a_power_law_is_found_through_the_runs_that_no_cheaper_one_beats() -> None:
-    runs = [bench_scaling_law.Run("stage 1", 64, n, 1e9 * n, 3 * n**-0.2) for n in (1, 2, 4, 8)]
-    worse = [bench_scaling_law.Run("stage 1", 96, n, 3e9 * n, 3 * n**-0.2) for n in (1, 2)]
-    assert bench_scaling_law.frontier([*worse, *runs]) == runs
+    runs = [bench_scaling_law.Run("stage 1", 64, n, 1e9 * n, 3 * n**-0.2, 9 / n) for n in (1, 2, 4, 8)]
+    worse = [bench_scaling_law.Run("stage 1", 96, n, 3e9 * n, 3 * n**-0.2, 9 / n) for n in (1, 2)]
+    assert bench_scaling_law.frontier([*worse, *runs], "loss") == runs
     a, b, error, left = bench_scaling_law.power_law([run.flops for run in runs], [run.loss for run in runs])
     assert b == pytest.approx(0.2) and a == pytest.approx(3 * 1e9**0.2) and max(error, left) < 1e-6
 
