@@ -1,5 +1,7 @@
 """Two processes train what one trains: the same losses, gradients, samples, figures and files."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from data.__main__ import main as data_main
+from data.reading.datamodule import ImageDataModule
+from stage1_tokenizer.evaluation.classifier_fit import Budget, report_classifier
 from tests.ranked_run import (
+    CONFIGS,
     CONTRASTS,
     distance,
     interleaved,
@@ -39,18 +44,37 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     same_run("stage1", "predict", *words("stage1", one, data, 1))
     steps["prior"] = same_run("stage2", "fit", *words("stage2", one, data, 1, f"{STEPS}=3"))
     middle = one / "stage1" / "checkpoints" / "step=2.ckpt"
+    report_classifier(ImageDataModule(str(data), image_size=32), one, budget=Budget(2, 120))  # for both reports
+    alone = folder / "alone"
+    shutil.copytree(one, alone)
+    for stage in ("stage1", "stage2"):
+        same_run(stage, "test", *report_words(stage, alone, data, 1))
+    shutil.copytree(one, folder / "together")
     commands = [["gradients", str(count), kind] for count, kind in GRADIENTS]
     commands += [["reference", kind] for kind in ("softmax", "sigmoid")]
     commands += [
         ["stage1", "fit", *words("stage1", two, data, 2, f"{STEPS}=4", keep, *check)],
         ["stage1", "fit", *words("stage1", folder / "back", data, 2, f"{STEPS}=4", f"--resume={middle}")],
         ["stage2", "fit", *words("stage2", two, data, 2, f"{STEPS}=3", f"--data.data_dir={one / 'latents'}")],
+        *([stage, "test", *report_words(stage, folder / "together", data, 2)] for stage in ("stage1", "stage2")),
     ]
     done = ranked(2, folder, commands)
     steps["resumed"] = same_run(
         "stage1", "fit", *words("stage1", folder / "on", data, 1, f"{STEPS}=4", f"--resume={middle_of(two)}")
     )
     return {"one": one, "two": two, "folder": folder, "steps": steps, "ranks": done}
+
+
+def report_words(stage: str, run: Path, data: Path, world: int) -> list[str]:
+    """Options of a report in several batches."""
+    own = ["--trainer.accelerator=cpu", f"--trainer.devices={world}", "--trainer.enable_progress_bar=false"]
+    own += [f"--run_dir={run}", f"--data.data_dir={data if stage == 'stage1' else run / 'latents'}"]
+    if stage == "stage2":
+        report = ["batch_size=4", "guidances=[1.0]", "nll_lines=2", f"images_dir={data}"]
+        own += [f"--model.report.init_args.{option}" for option in report]
+    else:
+        own += ["--data.val_batch_size=4"]
+    return [f"--config={CONFIGS / stage / 'demo.yaml'}", *own]
 
 
 def middle_of(run: Path) -> Path:
@@ -116,3 +140,24 @@ def test_a_checkpoint_goes_on_with_other_ranks_at_the_same_sample(runs: dict[str
     weights = stored(runs["one"])["state_dict"]
     for run in ("on", "back"):
         assert distance(weights, stored(runs["folder"] / run)["state_dict"])[0] < 1e-5
+
+
+@pytest.mark.parametrize("report", ["reconstruction", "generation"])
+def test_reports_of_two_ranks_have_the_figures_of_one(runs: dict[str, Any], report: str) -> None:
+    one, two = (
+        json.loads((runs["folder"] / run / report / "metrics.json").read_text()) for run in ("alone", "together")
+    )
+    figures, shared = flat(one), flat(two)
+    assert figures.keys() == shared.keys() and len(figures) > 100
+    for name, value in figures.items():
+        if name.split(".")[1] not in ("cost", "report_cost", "provenance", "figures"):
+            wanted = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+            assert shared[name] == wanted, name
+
+
+def flat(content: Any, place: str = "") -> dict[str, Any]:
+    """Every value of nested dictionaries and lists by its place."""
+    if isinstance(content, (dict, list)):
+        entries = content.items() if isinstance(content, dict) else enumerate(content)
+        return {name: value for key, inner in entries for name, value in flat(inner, f"{place}.{key}").items()}
+    return {place: content}

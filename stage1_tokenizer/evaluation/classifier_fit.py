@@ -26,6 +26,7 @@ from stage1_tokenizer.evaluation.attributes import Slots
 from stage1_tokenizer.evaluation.classifier import AttributeClassifier, Classifier, LabelClassifier, accuracy_by_slot
 from stage1_tokenizer.evaluation.picture_data import PictureData, batches, described, draw_training, training_rows
 from stage1_tokenizer.precision import matmul_dtype
+from stage1_tokenizer.text.ranks import of_others, rank
 
 TRAINING_PICTURES = 60_000
 PIXELS = 2**19  # of a training batch whose maps are held at once: 512 pictures at 32 pixels, 8 at 256
@@ -173,8 +174,21 @@ def report_classifier(
     """The classifier of a run: from `run_dir`/classifier if it was trained on this data, else trained and kept there.
 
     An `AttributeClassifier` where training samples have attributes, a `LabelClassifier` where they have labels, and
-    None where they have neither (captions alone name no classes).
+    None where they have neither (captions alone name no classes). Of several ranks the first trains it, and the others
+    wait and read it.
     """
+    if rank() > 0:
+        of_others(None)
+    try:
+        return _found_or_trained(datamodule, run_dir, seed, device, budget)
+    finally:
+        if rank() == 0:
+            of_others(None)
+
+
+def _found_or_trained(
+    datamodule: PictureData, run_dir: str | Path, seed: int, device: torch.device | str, budget: Budget | None
+) -> Classifier | None:
     folder = Path(run_dir) / "classifier"
     fingerprint = _fingerprint(datamodule)
     kept = load_classifier(folder, fingerprint)

@@ -17,10 +17,11 @@ and, for sFID, mu_s, sigma_s; or a folder of pictures.
 Letters: N pictures, D features.
 """
 
+import itertools
+import statistics
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -102,53 +103,48 @@ class InceptionScore:
     """exp E KL(p(y | x) || p(y)) of logits that come in batches: sums of each part of `part` pictures."""
 
     def __init__(self, part: int = PART) -> None:
-        self.part, self.n = part, 0
-        self.probabilities: list[Tensor] = []  # of each part, (D,) sums
-        self.entropies: list[float] = []  # of each part, sums of E log p(y | x)
-        self.counts: list[int] = []
+        self.part = part
+        self.sums: dict[int, tuple[int, Tensor, Tensor]] = {}  # part -> n, sums of p (D,) and of E log p(y | x)
 
-    def add(self, logits: Tensor) -> None:
-        """Take in logits (B, D)."""
-        while len(logits):
-            if self.n % self.part == 0:
-                self.probabilities.append(torch.zeros(logits.shape[1], dtype=torch.float64))
-                self.entropies.append(0.0)
-                self.counts.append(0)
-            now, logits = logits.tensor_split([self.part - self.n % self.part])
-            log_p = now.double().cpu().log_softmax(1)
-            self.probabilities[-1] += log_p.exp().sum(0)
-            self.entropies[-1] += (log_p.exp() * log_p).sum().item()
-            self.counts[-1] += len(now)
-            self.n += len(now)
+    def add(self, logits: Tensor, at: int) -> None:
+        """Take in logits (B, D). at: number of the first."""
+        log_p = logits.double().cpu().log_softmax(1)
+        for place, own in itertools.groupby(range(len(log_p)), key=lambda i: (at + i) // self.part):
+            now = log_p[list(own)]
+            self._take(place, len(now), now.exp().sum(0), (now.exp() * now).sum())
+
+    def _take(self, place: int, n: int, p: Tensor, entropy: Tensor) -> None:
+        before = self.sums.get(place, (0, 0.0, 0.0))
+        self.sums[place] = (before[0] + n, before[1] + p, before[2] + entropy)
 
     def merge(self, other: "InceptionScore") -> None:
-        """Take in, part by part, what `other` has taken in: parts become as large as both together."""
-        if len(other.counts) != len(self.counts):
-            raise ValueError(f"got {len(other.counts)} parts, wanted {len(self.counts)}")
-        self.probabilities = [a + b for a, b in zip(self.probabilities, other.probabilities, strict=True)]
-        self.entropies = [a + b for a, b in zip(self.entropies, other.entropies, strict=True)]
-        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
-        self.part, self.n = self.part + other.part, self.n + other.n
+        """Take in what `other` has taken in."""
+        for place, sums in other.sums.items():
+            self._take(place, *sums)
 
     def value(self) -> float:
         """The mean over the parts; 1 where all pictures are read alike, D at most."""
-        scores = []
-        for total, entropy, n in zip(self.probabilities, self.entropies, self.counts, strict=True):
-            p = total / n
-            scores.append(float(np.exp(entropy / n - torch.special.xlogy(p, p).sum().item())))
-        return sum(scores) / len(scores)
+        means = [(p / n, entropy / n) for n, p, entropy in self.sums.values()]
+        return statistics.fmean((entropy - torch.special.xlogy(p, p).sum()).exp().item() for p, entropy in means)
 
 
 class InceptionSums:
-    """What is kept of pictures beside the moments of their pooled features."""
+    """What is kept of pictures in Inception's features."""
 
     def __init__(self) -> None:
         self.pooled, self.spatial, self.score = Moments(), Moments(), InceptionScore()
 
-    def add(self, pooled: Tensor, spatial: Tensor, logits: Tensor) -> None:
+    def add(self, pooled: Tensor, spatial: Tensor, logits: Tensor, at: int) -> None:
+        """Take in features (B, D) of three kinds. at: number of the first."""
         self.pooled.add(pooled)
         self.spatial.add(spatial)
-        self.score.add(logits)
+        self.score.add(logits, at)
+
+    def merge(self, other: "InceptionSums") -> None:
+        """Take in what `other` has taken in."""
+        self.pooled.merge(other.pooled)
+        self.spatial.merge(other.spatial)
+        self.score.merge(other.score)
 
 
 @dataclass(frozen=True)
@@ -178,14 +174,14 @@ def read_reference(path: str | Path, inception: InceptionFeatures) -> Reference:
     if path.is_dir():
         sums = InceptionSums()
         for images in pictures_of(path):
-            sums.add(*inception.all_features(images.to(inception.device)))
+            sums.add(*inception.all_features(images.to(inception.device)), at=0)  # its own score is not asked for
         if sums.pooled.n < 2:
             raise StatisticsError(f"found {sums.pooled.n} pictures in {path}, wanted 2 or more; name another folder")
         return Reference(str(path), sums.pooled, sums.spatial)
     try:
         with zipfile.ZipFile(path) as archive:
-            pooled = _statistics(archive, "mu", "sigma", inception.widths[0])
-            spatial = _statistics(archive, "mu_s", "sigma_s", inception.widths[1])
+            pooled = _gaussian(archive, "mu", "sigma", inception.widths[0])
+            spatial = _gaussian(archive, "mu_s", "sigma_s", inception.widths[1])
     except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise StatisticsError(
             f"{path} is no folder and no readable .npz; give statistics as ADM's evaluation has them"
@@ -197,7 +193,7 @@ def read_reference(path: str | Path, inception: InceptionFeatures) -> Reference:
     return Reference(path.name, pooled, spatial)
 
 
-def _statistics(archive: zipfile.ZipFile, mean: str, covariance: str, width: int) -> Moments | None:
+def _gaussian(archive: zipfile.ZipFile, mean: str, covariance: str, width: int) -> Moments | None:
     """Two members of an archive; None where both are missing. Raises ValueError for others than (D,) and (D, D)."""
     held = [f"{name}.npy" in archive.namelist() for name in (mean, covariance)]
     if not any(held):
@@ -229,7 +225,7 @@ def pictures_of(folder: Path, most: int = 32) -> Iterator[Tensor]:
     """Batches (B, 3, H, W) in [-1, 1] of a folder's pictures, by name; those of one size that follow each other."""
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
     arrays = (np.array(decode(file.read_bytes(), SOURCE_FORMATS)) for file in files)
-    for _, group in groupby(arrays, key=lambda x: x.shape):
+    for _, group in itertools.groupby(arrays, key=lambda x: x.shape):
         batch: list[Tensor] = []
         for array in group:
             batch.append(torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.text.ranks import rank, world_size
+
 DESCRIBED = ("captions", "attributes", "labels")  # fields of a sample beside its picture
 
 
@@ -49,6 +51,14 @@ def batches(datamodule: Samples, split: str, rows: Sequence[int], size: int) -> 
     """The samples of these rows in their order, `size` at a time."""
     for at in range(0, len(rows), size):
         yield datamodule.samples(split, list(rows[at : at + size]))
+
+
+def own_batches(
+    datamodule: Samples, split: str, rows: Sequence[int], size: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `batches`, each with the number of its first sample; of several ranks every one gets its share of them."""
+    for at in range(rank() * size, len(rows), world_size() * size):
+        yield at, datamodule.samples(split, list(rows[at : at + size]))
 
 
 def described(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

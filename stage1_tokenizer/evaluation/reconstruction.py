@@ -44,6 +44,7 @@ from stage1_tokenizer.evaluation.reconstruction_read import distances, probe, re
 from stage1_tokenizer.evaluation.reconstruction_text import text_metrics
 from stage1_tokenizer.pca import PCA
 from stage1_tokenizer.similarity import psnr, ssim
+from stage1_tokenizer.text.ranks import rank
 from stage1_tokenizer.tokenizer import Tokenizer
 
 PCA_BYTES = 2**30  # training pictures that PCA is fitted on, as float32
@@ -79,7 +80,8 @@ def reconstruction_report(
         seed: of the draw of training pictures, the classifier, PCA's first directions and a stochastic decoder's noise.
 
     Returns:
-        The content of metrics.json; entries by prefix length are dictionaries {k: value}.
+        The content of metrics.json; entries by prefix length are dictionaries {k: value}. Of several ranks each goes
+        through its share of the pictures, the first does the rest, and the others return nothing.
     """
     cost, device = Cost(), tokenizer.latent_mean.device
     lengths, channels = prefix_lengths(tokenizer.num_latents), tokenizer.latent_dim
@@ -92,6 +94,8 @@ def reconstruction_report(
     probed = 0 if classifier is None else probe_images
     rows = training_rows(datamodule, max(held_out.set.n, probed), seed)
     train = training_pass(tokenizer, pca, datamodule, rows, held_out.set.n, probed, meters.extractors)
+    if rank() > 0:
+        return {}
     metrics: dict[str, Any] = {
         "num_images": held_out.set.n,
         "prefix_lengths": lengths,

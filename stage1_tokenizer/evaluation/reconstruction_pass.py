@@ -18,10 +18,11 @@ from tqdm import tqdm
 from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor
 from stage1_tokenizer.evaluation.image_metrics import PairMetric
-from stage1_tokenizer.evaluation.picture_data import PictureData, batches, chosen, described
+from stage1_tokenizer.evaluation.picture_data import PictureData, chosen, described, own_batches
 from stage1_tokenizer.evaluation.picture_set import PictureSet
 from stage1_tokenizer.evaluation.reconstruction_text import NUM_CAPTIONS
 from stage1_tokenizer.pca import PCA
+from stage1_tokenizer.text.ranks import in_order, of_others, world_size
 from stage1_tokenizer.tokenizer import Tokenizer
 
 GRID_PICTURES = 8
@@ -49,11 +50,20 @@ class Measured:
     sets: dict[int, PictureSet]
     values: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)  # metric -> k -> parts (B,)
 
-    def add(self, k: int, decoded: Tensor, images: Tensor, meters: Meters) -> None:
-        """Measure pictures (B, 3, H, W) decoded from k latents' worth of floats against `images`."""
+    def add(self, k: int, decoded: Tensor, images: Tensor, meters: Meters, at: int) -> None:
+        """Measure pictures (B, 3, H, W) decoded from k latents' worth of floats against `images`; at: the first's."""
         for name, metric in meters.pair_metrics.items():
             self.values.setdefault(name, {}).setdefault(k, []).append(metric(decoded, images).cpu())
-        self.sets[k].add(decoded)
+        self.sets[k].add(decoded, at)
+
+    def over_ranks(self) -> None:
+        """Take in what the other ranks have measured; all of them have to call it."""
+        for values in of_others(self.values):
+            for name, by_k in values.items():
+                for k, parts in by_k.items():
+                    self.values.setdefault(name, {}).setdefault(k, []).extend(parts)
+        for pictures in self.sets.values():
+            pictures.over_ranks()
 
     def means(self) -> dict[str, dict[int, float]]:
         """The mean over pictures of every metric at every k."""
@@ -99,10 +109,12 @@ def measure(
 ) -> tuple[HeldOut, Measured, Measured]:
     """Held-out pictures, and what the tokenizer and PCA make of them. seed: of a stochastic decoder's noise.
 
+    Of several ranks each goes through its share of the batches, and all return all.
+
     Raises ValueError for fewer than 2 held-out pictures.
     """
     device = tokenizer.latent_mean.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device)
     rows = spread_rows(len(datamodule.split("val")), limit)
     if len(rows) < 2:
         raise ValueError(f"got {len(rows)} held-out pictures for the report, wanted 2 or more; prepare more of them")
@@ -114,26 +126,29 @@ def measure(
         return PictureSet(meters.extractors, sample, shown)
 
     real, (learned, linear) = pictures(), (Measured({k: pictures() for k in lengths}) for _ in range(2))
-    parts, codes, in_lines = [], [], set(kept)
-    for batch in tqdm(
-        batches(datamodule, "val", rows, datamodule.val_batch_size),
-        total=-(-len(rows) // datamodule.val_batch_size),
+    parts, codes, in_lines = {}, {}, set(kept)
+    for at, batch in tqdm(
+        own_batches(datamodule, "val", rows, datamodule.val_batch_size),
+        total=-(-len(rows) // (datamodule.val_batch_size * world_size())),
         desc="reconstruct",
         disable=None,
         leave=False,
     ):
         images = batch["images"].to(device)
-        own = [i for i in range(len(images)) if real.n + i in in_lines]
+        own = [i for i in range(len(images)) if at + i in in_lines]
+        generator.manual_seed(seed + at)  # the same noise on any number of ranks
         mean, std = tokenizer.posterior(images)
         code = pca.encode(images)
         for k in lengths:
-            learned.add(k, tokenizer.decode(mean[:, :k], generator=generator), images, meters)
-            linear.add(k, pca.decode(code[:, : k * tokenizer.latent_dim]), images, meters)
-        real.add(images)
-        parts.append(described([batch]))
-        codes.append((mean[own].cpu(), std[own].cpu(), code[own].cpu()))
-    samples = described(parts)
-    z, deviation, coefficients = (torch.cat(x) for x in zip(*codes, strict=True))
+            learned.add(k, tokenizer.decode(mean[:, :k], generator=generator), images, meters, at)
+            linear.add(k, pca.decode(code[:, : k * tokenizer.latent_dim]), images, meters, at)
+        real.add(images, at)
+        parts[at] = described([batch])
+        codes[at] = (mean[own].cpu(), std[own].cpu(), code[own].cpu())
+    for each in (real, learned, linear):
+        each.over_ranks()
+    samples = described(in_order(parts))
+    z, deviation, coefficients = (torch.cat(x) for x in zip(*in_order(codes), strict=True))
     return HeldOut(real, samples, Lines(z, deviation, coefficients, chosen(samples, kept))), learned, linear
 
 
@@ -157,19 +172,19 @@ def training_pass(
     extractors: Sequence[FeatureExtractor],
 ) -> Training:
     """Of the training pictures `rows`: features of the first `in_set`, latents of the first `in_lines`, if any."""
-    device, done = tokenizer.latent_mean.device, 0
-    pictures, parts, codes = PictureSet(extractors), [], []
-    for batch in batches(datamodule, "train", rows, datamodule.val_batch_size):
+    device = tokenizer.latent_mean.device
+    pictures, parts, codes = PictureSet(extractors), {}, {}
+    for at, batch in own_batches(datamodule, "train", rows, datamodule.val_batch_size):
         images = batch["images"].to(device)
-        if done < in_set:
-            pictures.add(images[: in_set - done])
-        if done < in_lines:
-            mean, std = tokenizer.posterior(images[: in_lines - done])
-            codes.append((mean.cpu(), std.cpu(), pca.encode(images[: in_lines - done]).cpu()))
-        parts.append(described([batch]))
-        done += len(images)
-    samples, lines = described(parts), None
-    if codes:
-        z, std, coefficients = (torch.cat(x) for x in zip(*codes, strict=True))
+        if at < in_set:
+            pictures.add(images[: in_set - at], at)
+        if at < in_lines:
+            mean, std = tokenizer.posterior(images[: in_lines - at])
+            codes[at] = (mean.cpu(), std.cpu(), pca.encode(images[: in_lines - at]).cpu())
+        parts[at] = described([batch])
+    pictures.over_ranks()
+    samples, every, lines = described(in_order(parts)), in_order(codes), None
+    if every:
+        z, std, coefficients = (torch.cat(x) for x in zip(*every, strict=True))
         lines = Lines(z, std, coefficients, chosen(samples, range(len(z))))
     return Training(pictures, samples, lines)

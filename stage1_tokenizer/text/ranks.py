@@ -12,10 +12,35 @@ ranks that DistributedDataParallel takes of the weights' gradients is the gradie
 Letters: B rows of this rank, N rows of all ranks, W ranks.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The number of this rank; 0 without a process group."""
+    return torch.distributed.get_rank() if world_size() > 1 else 0
+
+
+def of_others(x: T) -> list[T]:
+    """What every other rank gives, in the order of ranks; all have to call it at the same time. Alone: nothing.
+
+    torch pickles `x` on its way between processes of one run, which trust each other.
+    """
+    every: list[Any] = [x] * world_size()
+    if len(every) > 1:
+        torch.distributed.all_gather_object(every, x)
+    return [given for number, given in enumerate(every) if number != rank()]
+
+
+def in_order(parts: dict[int, T]) -> list[T]:
+    """Parts of all ranks, each under the number of its first sample, by number; all have to call it."""
+    for others in of_others(parts):
+        parts = parts | others
+    return [parts[at] for at in sorted(parts)]
 
 
 def world_size() -> int:

@@ -228,19 +228,18 @@ class LitTokenizer(pl.LightningModule):
     def on_test_end(self) -> None:
         from stage1_tokenizer.evaluation.reconstruction import reconstruction_report  # plotting: only for this command
 
-        if self.trainer.is_global_zero:  # the report reads whole splits by itself
-            options = self.report
-            reconstruction_report(
-                self.tokenizer,
-                self.data,
-                self.run_dir / "reconstruction",
-                self.run_dir,
-                limit=options.images,
-                lpips_trunk=options.lpips_trunk,
-                lpips_weights=options.lpips_weights,
-                inception_weights=options.inception_weights,
-                imagenet_weights=options.imagenet_weights,
-            )
+        options = self.report
+        reconstruction_report(  # it reads splits by itself, every rank its share
+            self.tokenizer,
+            self.data,
+            self.run_dir / "reconstruction",
+            self.run_dir,
+            limit=options.images,
+            lpips_trunk=options.lpips_trunk,
+            lpips_weights=options.lpips_weights,
+            inception_weights=options.inception_weights,
+            imagenet_weights=options.imagenet_weights,
+        )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor]:
         """(mean, std) of the posterior, each (B,K,C)."""

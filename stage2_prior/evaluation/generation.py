@@ -38,6 +38,7 @@ from stage1_tokenizer.evaluation.judge import load_judge
 from stage1_tokenizer.evaluation.picture_data import draw_training
 from stage1_tokenizer.evaluation.picture_set import features_of
 from stage1_tokenizer.evaluation.provenance import Cost, provenance
+from stage1_tokenizer.text.ranks import rank
 from stage2_prior.base import Prior
 from stage2_prior.captions import askable
 from stage2_prior.evaluation.captioning_report import EXAMPLES, captioning_report
@@ -142,6 +143,8 @@ class GenerationReport:
             str(w): draw(self.sample, prior, tokenizer, held, w, bank, extractors, shown, w in (1.0, self.guidance))
             for w in self.guidances
         }
+        if rank() > 0:
+            return run_dir / "generation" / "report.html"  # which the first rank writes
         seen = self.seen(prior, tokenizer, extractors[-1], bank, images, len(held.rows))
         metrics = self.figures(extractors, first, training, drawn, images, tokenizer)
         z = first.lines.drawn(self.seed)

@@ -1,7 +1,8 @@
 """The passes of a generation report: held-out pictures, training pictures, and what is drawn at each guidance scale.
 
-Pictures go by in batches, and none is kept that is not shown: of all of them moments of features and what a classifier
-reads, of a sample of at most 10,000 features and latents (`picture_set`, `held_out`).
+Of several ranks each goes through its share of the batches, and all end with all. Pictures go by, and none is kept that
+is not shown: of all of them moments of features and what a classifier reads, of a sample of at most 10,000 features and
+latents (`picture_set`, `held_out`).
 
 Letters: N captions, M of them in the sample, K latents, C latent channels, D features.
 """
@@ -16,8 +17,9 @@ from torch import Tensor
 from data.reading.datamodule import ImageDataModule
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, Moments
 from stage1_tokenizer.evaluation.inception import Reference, field_scores
-from stage1_tokenizer.evaluation.picture_data import batches, chosen, training_rows
+from stage1_tokenizer.evaluation.picture_data import chosen, own_batches, training_rows
 from stage1_tokenizer.evaluation.picture_set import PictureSet
+from stage1_tokenizer.text.ranks import in_order, rank, world_size
 from stage2_prior.base import Prior
 from stage2_prior.evaluation import neighbours
 from stage2_prior.evaluation.held_out import HeldOut, HeldOutData, Lines
@@ -51,13 +53,15 @@ def originals(
     """One pass over the held-out samples. num_latents: of a line that the prior models."""
     device, in_sample = space_device(tokenizer), set(held.sample)
     real, recon = (PictureSet(extractors, held.sample, shown) for _ in range(2))
-    kept = []
-    for mean, std, pictures in held.batches(data, images, tokenizer, batch_size):
-        own = [i for i in range(len(mean)) if real.n + i in in_sample]
-        kept.append((mean[own, :num_latents], std[own, :num_latents]))
-        real.add(pictures.to(device))
-        recon.add(tokenizer.decode(mean.to(device)))
-    mean, std = (torch.cat(x) for x in zip(*kept, strict=True))
+    kept = {}
+    for at, mean, std, pictures in held.batches(data, images, tokenizer, batch_size):
+        own = [i for i in range(len(mean)) if at + i in in_sample]
+        kept[at] = (mean[own, :num_latents], std[own, :num_latents])
+        real.add(pictures.to(device), at)
+        recon.add(tokenizer.decode(mean.to(device)), at)
+    real.over_ranks()
+    recon.over_ranks()
+    mean, std = (torch.cat(x) for x in zip(*in_order(kept), strict=True))
     asked = [held.asked[i] for i in held.sample]
     return Originals(real, recon, Lines(mean, std, asked, chosen(held.samples, held.sample)))
 
@@ -82,11 +86,12 @@ class Training:
     ) -> "Training":
         """n pictures, or as many as are looked through, whichever is more; features are taken on `device`."""
         numbers = training_rows(images, max(n, neighbours.TRAINING), seed)
-        pictures, names = PictureSet(extractors, range(neighbours.TRAINING)), []
-        for batch in batches(images, "train", numbers, batch_size):
-            pictures.add(batch["images"].to(device))
-            names += [shortest(captions) for captions in batch["captions"]]
-        return cls(pictures, numbers, names)
+        pictures, names = PictureSet(extractors, range(neighbours.TRAINING)), {}
+        for at, batch in own_batches(images, "train", numbers, batch_size):
+            pictures.add(batch["images"].to(device), at)
+            names[at] = [shortest(captions) for captions in batch["captions"]]
+        pictures.over_ranks()
+        return cls(pictures, numbers, [name for part in in_order(names) for name in part])
 
     def first(self, name: str, n: int) -> Tensor | Moments:
         """Features of the first n, or moments where these are all there are."""
@@ -129,15 +134,19 @@ def draw(
     last, device, in_sample = extractors[-1], space_device(tokenizer), set(held.sample)
     pictures, near = PictureSet(extractors, held.sample, shown), Neighbours(bank, shown)
     lengths = Lengths(last, bank, tokenizer, prior.num_latents) if by_length else None
-    names, latents = [shortest(captions) for captions in held.samples["captions"]], []
-    for z, images in sampler.batches(prior, tokenizer, held.asked, guidance):
-        at = pictures.n
+    names, latents = [shortest(captions) for captions in held.samples["captions"]], {}
+    size = sampler.batch_size
+    starts = range(rank() * size, len(held.asked), world_size() * size)
+    for at, (z, images) in zip(starts, sampler.batches(prior, tokenizer, held.asked, guidance, starts), strict=True):
         asked = names[at : at + len(z)]
-        near.add(pictures.add(images.to(device))[last.feature_name], asked)
+        near.add(pictures.add(images.to(device), at)[last.feature_name], asked, at)
         if lengths is not None:
             lengths.add(z, asked)
-        latents.append(z[[i for i in range(len(z)) if at + i in in_sample]])
-    return Drawn(pictures, torch.cat(latents), near, lengths)
+        latents[at] = z[[i for i in range(len(z)) if at + i in in_sample]]
+    for each in (pictures, near, lengths):
+        if each is not None:
+            each.over_ranks()
+    return Drawn(pictures, torch.cat(in_order(latents)), near, lengths)
 
 
 def neighbour_figures(drawn: dict[str, Drawn], seen: dict[str, int], num_seen: int, features: str) -> dict[str, Any]:

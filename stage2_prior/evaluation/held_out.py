@@ -17,6 +17,7 @@ from data.reading.datamodule import ImageDataModule
 from data.reading.order import spread_rows
 from data.schema import DataError
 from stage1_tokenizer.evaluation.picture_data import batches, chosen, described
+from stage1_tokenizer.text.ranks import rank, world_size
 from stage2_prior.captions import asked_rows, check_enough
 from stage2_prior.latent_space import LatentSpace
 
@@ -62,21 +63,23 @@ class HeldOut:
 
     def batches(
         self, data: HeldOutData, images: ImageDataModule, tokenizer: LatentSpace, batch_size: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Latents (B,K,C), their standard deviations, pictures (B,3,H,W); these are encoded where data has no latents.
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Number of the first, latents (B,K,C), standard deviations, pictures (B,3,H,W); of this rank's share.
+
+        Pictures are encoded where data has no latents.
 
         Raises DataError where latents and pictures are of different samples.
         """
         device = next(iter(tokenizer.state_dict().values())).device  # type: ignore[attr-defined]
-        for at in range(0, len(self.rows), batch_size):
+        for at in range(rank() * batch_size, len(self.rows), world_size() * batch_size):
             rows = self.rows[at : at + batch_size]
             held = data.samples("val", rows)
             pictures = same_samples(data, images, rows, held["keys"])["images"]
             if "latents" in held:
-                yield held["latents"], held["latents_std"], pictures
+                yield at, held["latents"], held["latents_std"], pictures
             else:
                 mean, std = tokenizer.posterior(held["images"].to(device))
-                yield mean.cpu(), std.cpu(), pictures
+                yield at, mean.cpu(), std.cpu(), pictures
 
 
 def same_samples(of: HeldOutData, images: ImageDataModule, rows: list[int], keys: list[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from stage1_tokenizer.evaluation.frechet import FeatureExtractor, Moments, frechet_distance
 from stage1_tokenizer.evaluation.picture_set import features_of
 from stage1_tokenizer.evaluation.reconstruction_pass import prefix_lengths
+from stage1_tokenizer.text.ranks import of_others
 from stage2_prior.evaluation.neighbours import Bank
 from stage2_prior.evaluation.sampling import space_device
 from stage2_prior.latent_space import LatentSpace
@@ -41,6 +42,14 @@ class Lengths:
             moments.add(features)
             self.recognised[k] += self.bank.recognised(features, names)
         self.n += len(z)
+
+    def over_ranks(self) -> None:
+        """Take in what the other ranks have taken in; all of them have to call it."""
+        for n, moments, recognised in of_others((self.n, self.moments, self.recognised)):
+            self.n += n
+            for k, own in self.moments.items():
+                own.merge(moments[k])
+                self.recognised[k] += recognised[k]
 
 
 def length_report(drawn: dict[str, Lengths], reference: Moments) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stage1_tokenizer.text.ranks import of_others
+
 TRAINING = 20_000  # training pictures that are looked through, at most
 ROWS = 500  # pictures whose distances to all others are held at once
 
@@ -68,13 +70,19 @@ class Neighbours:
         self.n = self.recognised = self.nearer = 0
         self.nearest: dict[int, int] = {}  # number of a drawn picture that is shown -> row of the training picture
 
-    def add(self, features: Tensor, names: Sequence[str]) -> None:
-        """features (B,D) of drawn pictures, and the shortest caption of each that was asked for."""
+    def add(self, features: Tensor, names: Sequence[str], at: int) -> None:
+        """features (B,D) of drawn pictures, the shortest caption of each that was asked for, the first's number."""
         rows, distances = self.bank.nearest(features, self.bank.trained)
         self.nearer += int((distances < self.bank.usual_distance).sum())
         self.recognised += self.bank.recognised(features, names)
-        self.nearest |= {self.n + i: int(rows[i]) for i in range(len(rows)) if self.n + i in self.shown}
+        self.nearest |= {at + i: int(rows[i]) for i in range(len(rows)) if at + i in self.shown}
         self.n += len(rows)
+
+    def over_ranks(self) -> None:
+        """Take in what the other ranks have counted; all of them have to call it."""
+        for n, recognised, nearer, nearest in of_others((self.n, self.recognised, self.nearer, self.nearest)):
+            self.n, self.recognised, self.nearer = self.n + n, self.recognised + recognised, self.nearer + nearer
+            self.nearest |= nearest
 
 
 def shortest(captions: Sequence[str]) -> str:

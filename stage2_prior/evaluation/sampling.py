@@ -46,20 +46,25 @@ class Sampler:
     ) -> Samples:
         """Latents and pictures of all captions."""
         start = time.perf_counter()
-        latents, pictures = zip(*self.batches(prior, tokenizer, captions, guidance), strict=True)
+        starts = range(0, len(captions), self.batch_size)
+        latents, pictures = zip(*self.batches(prior, tokenizer, captions, guidance, starts), strict=True)
         return Samples(torch.cat(latents), torch.cat(pictures), time.perf_counter() - start)
 
     @torch.no_grad()
     def batches(
-        self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float | Guidance
+        self, prior: Prior, tokenizer: LatentSpace, captions: list[str], guidance: float | Guidance, starts: range
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same batch by batch; matrix products in bfloat16 where that is fast."""
+        """The same batch by batch; matrix products in bfloat16 where that is fast.
+
+        starts: numbers of the captions at which batches begin. Each has a seed of its own, whatever is drawn before.
+        """
         device = device_of(prior)
-        generator = torch.Generator(device=device).manual_seed(self.seed)
+        generator = torch.Generator(device=device)
         dtype = matmul_dtype(device)
         if dtype != torch.float32:
             prior = copy.deepcopy(prior).hold(dtype)  # else every call of every layer converts its weights
-        for at in range(0, len(captions), self.batch_size):
+        for at in starts:
+            generator.manual_seed(self.seed + at)
             asked = captions[at : at + self.batch_size]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 z = prior.sample(asked, guidance, self.steps, generator=generator, solver=self.solver)

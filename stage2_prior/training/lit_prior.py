@@ -256,8 +256,8 @@ class LitPrior(pl.LightningModule):
     def on_test_end(self) -> None:
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, CaptionSource), "it has the captions that `fit` asked for"
+        page = self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
         if self.trainer.is_global_zero:
-            page = self.report.write(self.prior, self.tokenizer, datamodule, self.run_dir)
             figures = json.loads((page.parent / "metrics.json").read_text(encoding="utf-8"))["figures"]
             folder = self.run_dir / "prior"
             self.prior.save_pretrained(folder, self.card(folder, figures))  # with the best length, too

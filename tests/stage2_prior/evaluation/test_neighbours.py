@@ -41,7 +41,7 @@ def shares(drawn: Tensor, seen: Tensor) -> tuple[float, float, float]:
     for kind, each in (("v", drawn), ("t", seen)):
         counts = Neighbours(bank)
         for rows in torch.arange(len(each)).split(25):
-            counts.add(features(each[rows]), [f"{kind}{i}" for i in rows.tolist()])
+            counts.add(features(each[rows]), [f"{kind}{i}" for i in rows.tolist()], counts.n)
         found.append(counts)
     return found[0].nearer / found[0].n, found[0].recognised / found[0].n, found[1].recognised / found[1].n
 
@@ -63,7 +63,7 @@ def test_the_nearest_training_picture_of_those_that_are_shown_is_remembered() ->
     bank, train, _ = setting()
     counts = Neighbours(bank, [2, 40])
     for part in train[5:65].split(25):
-        counts.add(features(part), [""] * len(part))
+        counts.add(features(part), [""] * len(part), counts.n)
     assert counts.nearest == {2: 7, 40: 45}
     assert shortest(["a long one", "short", "also1"]) == "short" and shortest([]) == ""
 
