@@ -36,14 +36,17 @@ class PCA:
         return len(self.components)
 
     @classmethod
-    def fit(cls, images: Tensor, num_floats: int, seed: int = 0) -> "PCA":
-        """Fit on pictures (N, 3, H, W); `seed` draws the first directions, the global random state stays as it is."""
+    def fit(cls, images: Tensor, num_floats: int, seed: int = 0, overwrite: bool = False) -> "PCA":
+        """Fit on pictures (N, 3, H, W); `seed` draws the first directions, the global random state stays as it is.
+
+        overwrite: large float pictures need no second copy then.
+        """
         if images.ndim != 4 or len(images) < 2:
             raise ValueError(f"got pictures of shape {tuple(images.shape)}, wanted (N, 3, H, W) with N of 2 or more")
         x = images.flatten(1).float()  # (N, P)
         num_floats = min(num_floats, len(x) - 1, x.shape[1])
         mean = x.mean(dim=0)
-        x = x - mean
+        x = x.sub_(mean) if overwrite and x.dtype == images.dtype else x - mean
         variance = torch.stack([part.double().square().sum() for part in x.split(64)]).sum().clamp_min(1e-30).float()
         if x.shape[1] > LARGE and len(x) < x.shape[1]:
             singular, components = _in_place(x, num_floats)
@@ -93,4 +96,4 @@ def _in_place(x: Tensor, num_floats: int) -> tuple[Tensor, Tensor]:
     combine = (vectors / values.sqrt()).T.float()  # (F, N)
     for block in x.split(BLOCK, dim=1):
         block[:num_floats] = combine @ block
-    return values.sqrt().float(), x[:num_floats]
+    return values.sqrt().float(), x[:num_floats].clone()  # a view would keep all of x

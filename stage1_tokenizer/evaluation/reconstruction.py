@@ -161,7 +161,7 @@ def _fit_pca(datamodule: PictureData, num_floats: int, seed: int, device: torch.
     """PCA of up to 25,000 training pictures, fewer where they are large."""
     picture = datamodule.samples("train", [0])["images"]
     limit = min(PCA_PICTURES, PCA_BYTES // (4 * picture.numel()))
-    return PCA.fit(draw_training(datamodule, limit, seed)["images"].to(device), num_floats, seed)
+    return PCA.fit(draw_training(datamodule, limit, seed)["images"].to(device), num_floats, seed, overwrite=True)
 
 
 def _latents(tokenizer: Tokenizer, lines: Lines) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.reading.datamodule import ImageDataModule
 from data.reading.order import spread_rows
 from data.schema import DataError
-from stage1_tokenizer.evaluation.picture_data import batches, chosen, described
+from stage1_tokenizer.evaluation.picture_data import batches, chosen, described, give_back_freed
 from stage1_tokenizer.text.ranks import rank, world_size
 from stage2_prior.captions import asked_rows, check_enough
 from stage2_prior.latent_space import LatentSpace
@@ -72,6 +72,7 @@ class HeldOut:
         """
         device = next(iter(tokenizer.state_dict().values())).device  # type: ignore[attr-defined]
         for at in range(rank() * batch_size, len(self.rows), world_size() * batch_size):
+            give_back_freed()
             rows = self.rows[at : at + batch_size]
             held = data.samples("val", rows)
             pictures = same_samples(data, images, rows, held["keys"])["images"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stage1_tokenizer.evaluation.picture_data import give_back_freed
 from stage1_tokenizer.precision import matmul_dtype
 from stage2_prior.base import Prior
 from stage2_prior.guidance import Guidance
@@ -64,6 +65,7 @@ class Sampler:
         if dtype != torch.float32:
             prior = copy.deepcopy(prior).hold(dtype)  # else every call of every layer converts its weights
         for at in starts:
+            give_back_freed()
             generator.manual_seed(self.seed + at)
             asked = captions[at : at + self.batch_size]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

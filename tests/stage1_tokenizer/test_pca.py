@@ -58,6 +58,7 @@ def test_large_pictures_have_the_same_components(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("stage1_tokenizer.pca.LARGE", 0)
     monkeypatch.setattr("stage1_tokenizer.pca.BLOCK", 50)
     large = PCA.fit(images, 120)
+    assert large.components.untyped_storage().nbytes() == 4 * large.components.numel()  # the pictures are let go
     assert torch.equal(images, before) and large.num_floats == usual.num_floats == 99
     torch.testing.assert_close(large.explained, usual.explained, rtol=1e-3, atol=1e-7)
     for floats in (1, 10, 99):
