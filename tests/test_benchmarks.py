@@ -1,6 +1,7 @@
 """The benchmark's own measure: FLOPs against counts by hand, ratios of turns, and a table with every row."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,25 @@ import torch
 from torch.nn import functional as F
 
 from data.__main__ import main as data_main
-from stage1_tokenizer import FSQBottleneck, LinearPath, RateBottleneck
-from tests.benchmarks import bench_rate, bench_scaling_law, bench_soak, bench_tokenizers, gpu, sampling, scaling
+from stage1_tokenizer import FSQBottleneck, LinearPath, RateBottleneck, Tokenizer
+from stage1_tokenizer.evaluation.attributes import Slots
+from stage1_tokenizer.evaluation.classifier import AttributeClassifier
+from tests.benchmarks import (
+    bench_codes,
+    bench_rate,
+    bench_scaling_law,
+    bench_soak,
+    bench_tokenizers,
+    gpu,
+    sampling,
+    scaling,
+)
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.designs import SIZES, millions, our_design, titok_design
 from tests.benchmarks.machine import Machine
 from tests.benchmarks.measure import Contender, Row, compete, count_flops, matmul_peak, peak_memory, table
 from tests.benchmarks.models import OURS, TITOK, Bench
+from tests.tiny import WIDTH, C, K, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -136,6 +149,37 @@ def test_codes_are_compared_at_the_bits_that_they_cost() -> None:
     symbols, theirs = bench_rate.code(path, FSQBottleneck(bench_rate.WIDTH, bench_rate.K, (5,) * bench_rate.C), images)
     assert abs(bits / symbols - 1) < 0.1 and symbols == pytest.approx(256 * 2.3219, rel=1e-3)
     assert ours > theirs + 2
+
+
+def test_trained_codes_are_read_as_their_receiver_gets_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["prepare", "--source", "scenes", "--num", "60", "--size", "16", "--val-fraction", "0.4", "--workers", "1"]
+    assert data_main([*words, "--out", str(tmp_path / "data")]) == 0
+    for name in ("noisy", "symbols"):
+        tokenizer = tiny_tokenizer()
+        if name == "symbols":
+            tokenizer.bottleneck = FSQBottleneck(WIDTH, K, (5,) * C)
+        parts = (tokenizer.image_size, tokenizer.encoder, tokenizer.bottleneck, tokenizer.decoder, tokenizer.lengths)
+        Tokenizer(*parts).save_pretrained(tmp_path / name / "tokenizer")
+    nats = {"nats_per_latent": 2.0, "by_position": [2.0] * K}
+    generated = {"cost": {"seconds_per_image": 1.0, "evaluations_per_latent": 8}, "faithfulness": {}, "nll": nats}
+    (tmp_path / "symbols" / "generation").mkdir()
+    report = generated | {"distances": {"generated_real": {}, "real_real": 1.0}}
+    (tmp_path / "symbols" / "generation" / "metrics.json").write_text(json.dumps(report))
+    runs = [word for name in ("noisy", "symbols") for word in (name, str(tmp_path / name))]
+    slots = Slots({"layout": ["one", "two"]})  # an untrained reader: what it reads is not asked here
+    reader = AttributeClassifier(slots, 16).eval()
+    monkeypatch.setattr(bench_codes, "report_classifier", lambda data, folder: reader)
+    monkeypatch.setattr(reader, "targets", lambda samples: torch.zeros(len(samples["images"]), 1))
+    bench_codes.main(["--data", str(tmp_path / "data"), "--runs", *runs, "--held_out", "20"])
+    noisy, symbols = (json.loads(line) for line in capsys.readouterr().out.splitlines() if '"name"' in line)
+    assert symbols["psnr"] == symbols["psnr_of_means"] and noisy["psnr"] != noisy["psnr_of_means"]
+    assert symbols["bits"] == pytest.approx(K * C * math.log2(5)) and noisy["bits"] > 0
+    assert symbols["prior_bits"] == pytest.approx(2 * K / math.log(2)) and "prior_bits" not in noisy
+    std = torch.tensor([1.0, 2.0]).expand(3, 5, 2)
+    wanted = 5 * (math.log(2 * math.pi * math.e) + math.log(2))  # of two normals, five times
+    assert bench_codes.nats_of_noise(std) == pytest.approx(wanted)
 
 
 def test_shares_of_a_sample_are_those_of_its_parts() -> None:

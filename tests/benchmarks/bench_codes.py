@@ -38,7 +38,6 @@ def nats_of_noise(std: Tensor) -> float:
     return torch.where(std > 0, each, 0.0).sum((1, 2)).mean().item()
 
 
-@torch.inference_mode()
 def decoded(tokenizer: Tokenizer, z: Tensor) -> Tensor:
     """z (N,K,C) -> pictures (N,3,S,S), batch by batch."""
     return torch.cat([tokenizer.decode(part) for part in z.split(BATCH)])
@@ -61,7 +60,6 @@ def generation(run: Path, noise: float) -> dict[str, Any]:
     return found
 
 
-@torch.inference_mode()
 def measured(run: Path, classifier: Classifier, samples: dict[str, Any], real: Tensor) -> dict[str, Any]:
     """Figures of one run folder on held-out `samples`, whose features are `real` (N,D)."""
     tokenizer, images = Tokenizer.from_pretrained(run / "tokenizer"), samples["images"]
@@ -92,12 +90,13 @@ def main(arguments: list[str] | None = None) -> None:
     classifier = report_classifier(data, folders[0])
     if classifier is None:
         parser.error(f"the pictures in {options.data} have neither attributes nor labels to be read")
-    samples = data.arrays("val", options.held_out)
-    real = features_of(classifier, samples["images"])
-    right = accuracy_by_slot(classifier.read(real), classifier.targets(samples), classifier.slots)
-    print(json.dumps({"real": right["all"], "features": classifier.feature_name}), flush=True)
-    for name, folder in zip(options.runs[::2], folders, strict=True):
-        print(json.dumps({"name": name, **measured(folder, classifier, samples, real)}), flush=True)
+    with torch.inference_mode():
+        samples = data.arrays("val", options.held_out)
+        real = features_of(classifier, samples["images"])
+        right = accuracy_by_slot(classifier.read(real), classifier.targets(samples), classifier.slots)
+        print(json.dumps({"real": right["all"], "features": classifier.feature_name}), flush=True)
+        for name, folder in zip(options.runs[::2], folders, strict=True):
+            print(json.dumps({"name": name, **measured(folder, classifier, samples, real)}), flush=True)
 
 
 if __name__ == "__main__":
