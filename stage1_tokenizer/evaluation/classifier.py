@@ -110,7 +110,9 @@ class AttributeClassifier(Classifier):
         return self.slots.targets(batch["attributes"])
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return images
+        """Shift each by up to a sixteenth of its side, unless a slot says where something is."""
+        placed = any(name == "layout" or name.endswith(".place") for name in self.slots.names)
+        return images if placed else shifted(images, images.shape[-1] // 16, generator)
 
 
 class LabelClassifier(Classifier):
@@ -129,15 +131,19 @@ class LabelClassifier(Classifier):
 
     def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Flip half of them, then shift each by up to an eighth of its side, edges mirrored."""
-        n, _, h, w = images.shape
-        pad = h // 8
-        flip = torch.rand(n, 1, 1, 1, generator=generator).to(images.device) < 0.5
-        padded = F.pad(torch.where(flip, images.flip(3), images), (pad, pad, pad, pad), mode="reflect")
-        top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator).to(images.device)
-        rows = (top + torch.arange(h, device=images.device))[:, None, :, None]  # (N, 1, h, 1)
-        columns = (left + torch.arange(w, device=images.device))[:, None, None, :]  # (N, 1, 1, w)
-        samples = torch.arange(n, device=images.device)[:, None, None, None]
-        return padded[samples, torch.arange(3, device=images.device)[None, :, None, None], rows, columns]
+        flip = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
+        return shifted(torch.where(flip, images.flip(3), images), images.shape[2] // 8, generator)
+
+
+def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Each of images (N, 3, H, W) moved by up to `most` pixels in either direction, edges mirrored."""
+    n, _, h, w = images.shape
+    padded = F.pad(images, (most, most, most, most), mode="reflect")
+    top, left = torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator).to(images.device)
+    rows = (top + torch.arange(h, device=images.device))[:, None, :, None]  # (N, 1, h, 1)
+    columns = (left + torch.arange(w, device=images.device))[:, None, None, :]  # (N, 1, 1, w)
+    samples = torch.arange(n, device=images.device)[:, None, None, None]
+    return padded[samples, torch.arange(3, device=images.device)[None, :, None, None], rows, columns]
 
 
 def slot_accuracy(

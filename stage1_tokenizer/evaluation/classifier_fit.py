@@ -30,7 +30,7 @@ from stage1_tokenizer.text.ranks import of_others, rank
 
 TRAINING_PICTURES = 60_000
 PIXELS = 2**19  # of a training batch whose maps are held at once: 512 pictures at 32 pixels, 8 at 256
-HELD_BACK = 2000  # training pictures set aside for the stopping decision
+HELD_BACK = 2000  # training pictures set aside for the stopping decision, at most a twentieth
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def fit_classifier(
     """
     images: Pictures = data["images"]
     targets = classifier.targets(data)
-    held_back = min(HELD_BACK, len(images) // 5)
+    held_back = min(HELD_BACK, len(images) // 5, max(len(images) // 20, 100))
     if held_back < 1:
         raise ValueError(f"got {len(images)} pictures to train a classifier on, wanted 5 or more; prepare more data")
     generator = torch.Generator().manual_seed(seed)

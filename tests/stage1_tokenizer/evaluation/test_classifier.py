@@ -86,6 +86,22 @@ def test_training_stops_at_its_target_and_at_its_time() -> None:
     assert sum(seen) == 1
 
 
+def test_pictures_whose_places_are_not_read_are_shifted_in_training() -> None:
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen = AttributeClassifier(Slots({"tone": ["", "dark"]}), 32, width=8).augment(images, torch.Generator())
+    moved = [any(torch.equal(x.roll((i, j), (1, 2))[:, 2:-2, 2:-2], y[:, 2:-2, 2:-2]) for i in range(-2, 3)
+                 for j in range(-2, 3)) for x, y in zip(images, seen, strict=True)]  # fmt: skip
+    assert all(moved) and not torch.equal(images, seen)
+    scenes_of = AttributeClassifier(Slots({"tone": ["", "dark"], "object1.place": ["left"]}), 32, width=8)
+    assert torch.equal(scenes_of.augment(images, torch.Generator()), images)
+
+
+def test_a_small_set_is_trained_on_but_for_a_hundred() -> None:
+    data, classifier = colours(320), LabelClassifier(Slots({"class": ["0", "1", "2"]}), width=4)
+    fit_classifier(classifier, data, Budget(15, 60, batch_size=64), seed=0)
+    assert classifier.trained_on == 860, "a hundred say when to stop"
+
+
 def test_label_classifier_tells_colours_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (240,), generator=generator)
