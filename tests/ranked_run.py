@@ -90,20 +90,27 @@ class SameSteps(pl.Callback):
 def same_run(stage: str, *words: str, exact: bool = True) -> dict[str, Any]:
     """One command of a stage in this process, one rank of however many -> keys of its batches, figures of validation.
 
+    Also how many pictures it read by their numbers, as reports do.
+
     exact: Muon's products in float32: bfloat16 makes of a difference in the last bit one of half a percent.
     """
     module, data = (LitTokenizer, ImageDataModule) if stage == "stage1" else (LitPrior, PriorDataModule)
-    product = optim.matmul_dtype
+    product, samples, read = optim.matmul_dtype, ImageDataModule.samples, [0]
+
+    def counted(self: ImageDataModule, split: str, rows: list[int]) -> dict[str, Any]:
+        read[0] += len(rows)
+        return samples(self, split, rows)
+
     if exact:
         optim.matmul_dtype = lambda device: torch.float32
     try:
-        with SharedDraws() as draws:
+        with SharedDraws() as draws, mock.patch.object(ImageDataModule, "samples", counted):
             steps = SameSteps(draws)
             callbacks = [LatentWriter(), steps] if stage == "stage1" else [steps]
             run_cli(stage, module, data, stage, [*words, "--precision=32-true"], callbacks)  # type: ignore[arg-type]
     finally:
         optim.matmul_dtype = product
-    return {"keys": steps.keys, "figures": steps.figures}
+    return {"keys": steps.keys, "figures": steps.figures, "read": read[0]}
 
 
 def words_of(stage: str, run: Path, data: Path, world: int, *more: str) -> list[str]:

@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     alone = folder / "alone"
     shutil.copytree(one, alone)
     for stage in ("stage1", "stage2"):
-        same_run(stage, "test", *report_words(stage, alone, data, 1))
+        steps[f"report of {stage}"] = same_run(stage, "test", *report_words(stage, alone, data, 1))
     shutil.copytree(one, folder / "together")
     commands = [["gradients", str(count), kind] for count, kind in GRADIENTS]
     commands += [["reference", kind] for kind in ("softmax", "sigmoid")]
@@ -147,6 +147,9 @@ def test_reports_of_two_ranks_have_the_figures_of_one(runs: dict[str, Any], repo
     one, two = (
         json.loads((runs["folder"] / run / report / "metrics.json").read_text()) for run in ("alone", "together")
     )
+    stage = "stage1" if report == "reconstruction" else "stage2"
+    read = [rank[-2 if stage == "stage1" else -1]["read"] for rank in runs["ranks"]]
+    assert 0 < min(read) < 0.7 * runs["steps"][f"report of {stage}"]["read"]  # what is left to the first is not shared
     figures, shared = flat(one), flat(two)
     assert figures.keys() == shared.keys() and len(figures) > 100
     for name, value in figures.items():
