@@ -25,6 +25,7 @@ from stage2_prior.play.studio import LONGEST_CAPTION, MOST_STEPS, Drawing, Pictu
 Example = tuple[str, Tensor]
 LARGEST_UPLOAD = "20mb"
 WAITING = 16  # requests that may wait in the queue
+VISITS = 32  # open pages that are remembered; the oldest goes first
 SHOWN = 224  # pixels of the page that a picture is wide
 CSS = """
 .pictures {display: flex; flex-wrap: wrap; gap: 12px}
@@ -270,6 +271,7 @@ def serve(studio: Studio, examples: Sequence[Example], host: str, port: int, blo
         show_error=False,
         max_file_size=LARGEST_UPLOAD,
         max_threads=8,
+        state_session_capacity=VISITS,
         run_history=False,
         footer_links=[],
         css=CSS,

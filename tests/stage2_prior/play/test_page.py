@@ -257,3 +257,14 @@ def test_it_is_readable_at_every_width_in_both_schemes(page: Any, served: Served
         const light = c => c.match(/[0-9.]+/g).slice(0, 3).map(Number).reduce((a, b) => a + b) / 3
         return [light(style.backgroundColor), light(style.color)]""")
     assert abs(ground - ink) > 120 and (ground > ink) == (scheme == "light")
+
+
+def test_many_visits_are_not_remembered(served: Served) -> None:
+    from gradio_client import Client
+
+    from stage2_prior.play.page import VISITS
+
+    remembered = served.app.app.state_holder.session_data
+    for _ in range(VISITS + 3):
+        Client(served.url, verbose=False, analytics_enabled=False).predict(1, api_name="/unspool")
+    assert len(remembered) == VISITS
