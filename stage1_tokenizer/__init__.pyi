@@ -34,7 +34,6 @@ from .training.losses import (
     PixelLoss as PixelLoss,
     StructureLoss as StructureLoss,
 )
-from .training.redraw import Redraw as Redraw
 from .variants.alignment import FeatureAlignment as FeatureAlignment
 from .variants.convolutional import ConvDecoder as ConvDecoder, ConvTrunk as ConvTrunk
 from .variants.flow_decoder import FlowDecoder as FlowDecoder

@@ -11,7 +11,7 @@ that wide. An exported folder holds config.json (class paths and plain arguments
 Letters: B batch, K latents, C latent channels, k prefix length, E embedding width.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ class Tokenizer(Spec, nn.Module):
     def embed_latents(self, z: Tensor) -> Tensor:
         """z (B,k,C) standardised, any 1 <= k <= K -> (B,E) unit vectors in the space of `embed_text`.
 
-        Of the prefixes in `text.lengths` the longest within k is read, or the shortest, if k is below it.
+        Text is trained on the prefixes in `text.lengths`: the longest of them within k is what is read, or the shortest
+        of them, with the latents that are there, if k is below it (`Supervision.embed`).
         """
         z = check_latents(z, self.latent_dim)
         self.check_length(z.shape[1])
@@ -161,13 +162,11 @@ class Tokenizer(Spec, nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------------
 
-    def losses(
-        self, images: Tensor, ids: Tensor | None = None, step: int = 0, redraw: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, images: Tensor, ids: Tensor | None = None, step: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """(loss parts of one batch, full-length reconstructions (B,3,H,W) with their graph).
 
-        The sum of the parts in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L) caption
-        tokens or None; `step` counts optimiser steps; `redraw`: what the decoder reads in place of z (B,K,C).
+        The sum of the parts named in `objective` is minimised, the others are logged. images (B,3,H,W); ids (B,L)
+        caption tokens for the text part, None without; `step` counts optimiser steps.
         """
         shift = self.linear_path.encode(images, self.num_latents) if self.linear_path is not None else None
         z, parts = self.bottleneck(self.encoder(images), shift)  # (B,K,C)
@@ -176,10 +175,10 @@ class Tokenizer(Spec, nn.Module):
         if self.alignment is not None and step % self.alignment.every == 0:
             z_pixels, z_aligned = self.alignment.balance(z_pixels)
             parts |= self.alignment.losses(z_aligned, images)
-        if redraw is not None:
-            z_pixels = redraw((z_pixels - self.latent_mean) / self.latent_scale) * self.latent_scale + self.latent_mean
-        pixels, reconstruction = self.pixel_losses(z_pixels, images, step)
-        parts |= pixels | (self.text.losses(z_text, ids) if text_step and self.text and ids is not None else {})
+        pixel_parts, reconstruction = self.pixel_losses(z_pixels, images, step)
+        parts |= pixel_parts
+        if text_step and self.text is not None and ids is not None:
+            parts |= self.text.losses(z_text, ids)
         if self.predictor is not None:
             parts |= self.predictor.losses(z, lambda guess: self.full_error(guess, images))
         return parts, reconstruction
@@ -218,7 +217,8 @@ class Tokenizer(Spec, nn.Module):
     def fit_statistics(self, batches: Iterable[Tensor]) -> int:
         """Set the latent statistics from training images; returns how many were read.
 
-        Of posterior samples per position and channel (per channel where symbols are), noise included in closed form.
+        Mean and standard deviation of posterior samples per position and channel (per channel where symbols are, see
+        below), in float64, with the noise's variance added in closed form.
         """
         n, total, square = 0, torch.zeros(()), torch.zeros(())
         self.latent_mean.zero_()

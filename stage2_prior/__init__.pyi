@@ -61,7 +61,6 @@ from .pipeline import Pipeline as Pipeline
 from .prior import CausalPrior as CausalPrior
 from .training.latent_data import PriorDataModule as PriorDataModule, PriorImageModule as PriorImageModule
 from .training.lit_prior import LitPrior as LitPrior
-from .training.prior_draws import PriorDraws as PriorDraws
 from .variants.autoencoder import AutoencoderLatents as AutoencoderLatents
 from .variants.captioning import CaptioningPrior as CaptioningPrior
 from .variants.frequencies import FrequencyLatents as FrequencyLatents

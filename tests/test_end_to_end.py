@@ -59,14 +59,8 @@ SAME_PARTS = (
     "features_on_prefixes",
     "perceptual_lite0",
     "night",
-    "redrawn_latents",
 )  # other training, or a part that the demo has not
-FROZEN = (
-    "flow_decoder",
-    "flow_decoder_64",
-    "adversarial_decoder",
-    "redrawn_latents",
-)  # variants that tune the decoder of a run
+FROZEN = ("flow_decoder", "flow_decoder_64", "adversarial_decoder")  # variants that tune the decoder of a run
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +87,6 @@ def test_stage_1_overlays_run_on_the_demo(variant: str, demo: Path, tmp_path: Pa
     configs = [f"--config={CONFIGS / 'stage1' / 'demo.yaml'}", f"--config={CONFIGS / 'variants' / (variant + '.yaml')}"]
     own = [f"--run_dir={tmp_path}", f"--data.data_dir={demo / 'data'}", "--model.passes.statistics_images=16"]
     own += [f"--model.start.init_from={demo / 'tokenizer'}"] if variant in FROZEN else []
-    if variant == "redrawn_latents":  # by a prior of the same latents
-        stage1("predict", configs[0], f"--run_dir={demo}", f"--data.data_dir={demo / 'data'}", *SHRUNK[4:])
-        small = [f"--run_dir={demo}", f"--data.data_dir={demo / 'latents'}", *SHRUNK]
-        stage2("fit", f"--config={CONFIGS / 'stage2' / 'demo.yaml'}", *small)
-        own += [f"--model.redraw.init_args.prior_dir={demo / 'prior'}"]
     if variant == "frozen_prior":
         part = "--model.tokenizer.init_args.predictor.init_args"
         own += [f"{part}.prior_dir={prior_of(demo, tmp_path)}", f"{part}.tokenizer_dir={demo / 'tokenizer'}"]

@@ -24,7 +24,6 @@ from stage1_tokenizer.training.options import (
     ScheduleOptions,
     StartOptions,
 )
-from stage1_tokenizer.training.redraw import Redraw
 
 
 class LitAdversarial(LitTokenizer):
@@ -49,9 +48,8 @@ class LitAdversarial(LitTokenizer):
         report: ReportOptions = ReportOptions(),  # noqa: B008
         long_captions: float = 0.75,
         image_losses: list[ImageLoss] | None = None,
-        redraw: Redraw | None = None,
     ):
-        super().__init__(tokenizer, optimizer, schedule, start, passes, report, long_captions, image_losses, redraw)
+        super().__init__(tokenizer, optimizer, schedule, start, passes, report, long_captions, image_losses)
         if accumulate < 1:
             raise OptionError(f"got accumulate {accumulate}; wanted at least 1 batch a step.")
         self.adversarial, self.accumulate = adversarial, accumulate

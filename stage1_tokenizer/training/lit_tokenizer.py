@@ -11,7 +11,6 @@ Letters: B pictures, L caption tokens.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,11 @@ from stage1_tokenizer.training.means import Means
 from stage1_tokenizer.training.optim import MuonAdamW, planned_steps
 from stage1_tokenizer.training.options import (
     OptimizerOptions,
-    OptionError,
     PassOptions,
     ReportOptions,
     ScheduleOptions,
     StartOptions,
 )
-from stage1_tokenizer.training.redraw import Redraw
 
 
 class LitTokenizer(pl.LightningModule):
@@ -52,8 +49,6 @@ class LitTokenizer(pl.LightningModule):
         report: what `test` measures.
         long_captions: probability that the text loss uses a picture's longest caption, else any of its captions.
         image_losses: losses between full-length reconstructions and pictures, besides the decoder's own.
-        redraw: latents as a prior draws them in the place of the encoder's; needs `start.freeze_encoder`.
-    Raises OptionError for `redraw` without a frozen encoder.
     """
 
     accumulate = 1  # batches whose gradients make one step, where the module steps by hand
@@ -68,18 +63,12 @@ class LitTokenizer(pl.LightningModule):
         report: ReportOptions = ReportOptions(),  # noqa: B008
         long_captions: float = 0.75,
         image_losses: list[ImageLoss] | None = None,
-        redraw: Redraw | None = None,
     ):
         super().__init__()
         self.tokenizer = tokenizer
         self.optimizer_options, self.schedule, self.start = optimizer, schedule, start
         self.passes, self.report, self.long_captions = passes, report, long_captions
         self.image_losses = nn.ModuleList(image_losses or [])
-        self.redraw = redraw
-        if redraw is not None and not start.freeze_encoder:
-            raise OptionError(
-                "got redraw and an encoder that learns, wanted start.freeze_encoder, or leave redraw out."
-            )
         if start.freeze_encoder:
             tokenizer.requires_grad_(False)
             tokenizer.decoder.requires_grad_(True)
@@ -113,8 +102,6 @@ class LitTokenizer(pl.LightningModule):
             self.tokenizer.predictor.prepare()
         if self.start.init_from is not None:
             self.tokenizer.start_from(Tokenizer.from_pretrained(self.start.init_from))
-            if self.redraw is not None:
-                self.redraw.prepare(self.tokenizer)
             return
         if self.tokenizer.text is not None:
             left_out = self.tokenizer.text.prepare(c for captions in self.data.captions("train") for c in captions)
@@ -146,8 +133,7 @@ class LitTokenizer(pl.LightningModule):
     def step_losses(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """(what a step minimises, its parts by name, full-length reconstructions (B,3,H,W)) of one batch."""
         images = batch["images"]
-        redraw = None if self.redraw is None else partial(self.redraw, batch=batch)
-        parts, reconstruction = self.tokenizer.losses(images, self.caption_ids(batch), self.global_step, redraw)
+        parts, reconstruction = self.tokenizer.losses(images, self.caption_ids(batch), self.global_step)
         extras = [extra(reconstruction, images).mean() for extra in self.image_losses]
         loss = self.tokenizer.total(parts) + sum(extras)
         names = numbered([type(extra).__name__ for extra in self.image_losses])
