@@ -38,7 +38,6 @@ from .variants.alignment import FeatureAlignment as FeatureAlignment
 from .variants.convolutional import ConvDecoder as ConvDecoder, ConvTrunk as ConvTrunk
 from .variants.flow_decoder import FlowDecoder as FlowDecoder
 from .variants.joined_trunks import JoinedTrunks as JoinedTrunks
-from .variants.judged_trunk import JudgedTrunk as JudgedTrunk
 from .variants.normed import NoiseBottleneck as NoiseBottleneck, NormBottleneck as NormBottleneck
 from .variants.quantised import FSQBottleneck as FSQBottleneck, VQBottleneck as VQBottleneck
 from .variants.rated import RateBottleneck as RateBottleneck

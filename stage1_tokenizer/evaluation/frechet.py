@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stage1_tokenizer.evaluation.image_metrics import Skipped
-from stage1_tokenizer.imagenet import SIDE, lite0, resized
+from stage1_tokenizer.imagenet import lite0, resized
 from stage1_tokenizer.precision import matmul_dtype
 from stage1_tokenizer.similarity import WeightsError
 
@@ -69,13 +69,13 @@ class ImageNetFeatures:
 
     feature_name = "effnet-lite0-1280"
 
-    def __init__(self, network: nn.Module, device: torch.device | str, side: int = SIDE) -> None:
-        self.network, self.device, self.side = network.to(device), device, side
+    def __init__(self, network: nn.Module, device: torch.device | str) -> None:
+        self.network, self.device = network.to(device), device
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, 1280), of the pictures at `side` pixels."""
-        x = resized(images.clamp(-1, 1), self.side)
+        """(N, 3, H, W) in [-1, 1] -> (N, 1280), of the pictures at 224 pixels."""
+        x = resized(images.clamp(-1, 1))
         dtype = matmul_dtype(x.device)
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             maps = self.network.forward_features(x)  # type: ignore[operator]

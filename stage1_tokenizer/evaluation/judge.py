@@ -28,7 +28,7 @@ from data.reading.order import spread_rows
 from stage1_tokenizer.evaluation.frechet import ImageNetFeatures
 from stage1_tokenizer.evaluation.retrieval import Retrieval, retrieval
 from stage1_tokenizer.export import load_module, save_module
-from stage1_tokenizer.imagenet import INSTALLED, SIDE, lite0
+from stage1_tokenizer.imagenet import INSTALLED, lite0
 from stage1_tokenizer.precision import default_device
 from stage1_tokenizer.spec import Spec
 from stage1_tokenizer.text.contrast import SoftmaxContrast
@@ -51,16 +51,15 @@ class CaptionJudge(Spec, nn.Module):
     Args:
         tower: of the captions.
         drop: share of the features that training leaves out.
-        side: pixels of the pictures whose features it reads.
     """
 
     feature_name = ImageNetFeatures.feature_name
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, tower: Tower, drop: float = 0.3, side: int = SIDE):
+    def __init__(self, tower: Tower, drop: float = 0.3):
         super().__init__()
-        self.tower, self.drop, self.side = tower, drop, side
+        self.tower, self.drop = tower, drop
         self.project = nn.Linear(FEATURES, tower.embed_dim)
         self.contrast = SoftmaxContrast()
         self.register_buffer("mean", torch.zeros(FEATURES))
@@ -138,14 +137,14 @@ def read_split(
 
 
 def trained_judge(
-    data: ImageDataModule, weights: str, steps: int, seed: int, device: str, side: int = SIDE
+    data: ImageDataModule, weights: str, steps: int, seed: int, device: str
 ) -> tuple[CaptionJudge, list[Retrieval]]:
     """A judge of the training split, and what it knows of 1,000 held-out pictures, by place of the caption."""
-    extractor = ImageNetFeatures(lite0(weights), device, side)
+    extractor = ImageNetFeatures(lite0(weights), device)
     features, captions = read_split(data, "train", range(len(data.split("train"))), extractor)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = CaptionJudge(WordTower(CaptionVocabulary(4096, 40), embed_dim=256), side=side).to(device)
+        judge = CaptionJudge(WordTower(CaptionVocabulary(4096, 40), embed_dim=256)).to(device)
         fit_judge(judge, features, captions, steps, seed)
     held, texts = read_split(data, "val", spread_rows(len(data.split("val")), 1000), extractor)
     return judge, [judge.ask(held, [each[i] for each in texts]) for i in range(min(map(len, texts)))]
@@ -162,15 +161,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--weights", default=INSTALLED, help="EfficientNet-Lite0's weights (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="of 512 pairs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--side", type=int, default=SIDE, help="pixels of what the classifier sees (default: %(default)s)"
-    )
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         data = ImageDataModule(options.data, image_size=options.image_size)
-        about = options.weights, options.steps, options.seed, options.device, options.side
-        judge, held_out = trained_judge(data, *about)
+        judge, held_out = trained_judge(data, options.weights, options.steps, options.seed, options.device)
         n, chance = held_out[0].num_queries, held_out[0].chance[1]
         found, back = (sum(getattr(r, name)[1] for r in held_out) / len(held_out) for name in ("recall", "reverse"))
         line = f"R@1 among {n} held-out pictures: caption {found:.3f}, picture {back:.3f}, chance {chance:.4f}"
@@ -183,11 +178,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load_judge(path: str | Path) -> CaptionJudge:
-    """The judge in an exported folder, in eval mode, for features of a report.
-
-    Errors as `Tokenizer.from_pretrained`, and a ValueError for a judge of pictures of another size than theirs.
-    """
-    judge = load_module(CaptionJudge, path)
-    if judge.side != SIDE:
-        raise ValueError(f"{path} judges features of {judge.side} pixels, wanted {SIDE}; train a judge without --side.")
-    return judge
+    """The judge in an exported folder, in eval mode. Errors as `Tokenizer.from_pretrained`."""
+    return load_module(CaptionJudge, path)

@@ -163,7 +163,7 @@ class PrefixText(Supervision):
 
     def prepare(self, captions: Iterable[str]) -> int:
         self.tower.check_weights()
-        return self.tower.fit_vocabulary(captions)
+        return self.vocabulary.fit(captions)
 
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """z (B,K,C), ids (B,L) -> {"text": weighted sum, "text_k<first length>": loss of the shortest, "caption"}.

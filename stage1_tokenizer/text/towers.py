@@ -10,7 +10,6 @@ open_clip is imported when a pretrained tower is built or a caption is read: it 
 Letters: B batch, L text tokens, E embedding width, W token width.
 """
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,10 +44,6 @@ class Tower(Spec, nn.Module):
 
     def check_weights(self) -> None:
         """Raises ValueError for a tower that cannot be trained with as it is."""
-
-    def fit_vocabulary(self, captions: Iterable[str]) -> int:
-        """Choose the vocabulary's rows, if the weights belong to none yet; returns how many tokens have none."""
-        return self.vocabulary.fit(captions)
 
     @property
     def token_width(self) -> int:

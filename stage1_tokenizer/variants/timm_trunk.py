@@ -110,10 +110,6 @@ class TimmTrunk(Trunk):
         self.model.requires_grad_(not frozen)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.out(self.features(images))  # (B,N,D)
-
-    def features(self, images: Tensor) -> Tensor:
-        """images (B,3,H,W) in [-1,1] -> the network's own features of every patch (B,N,features)."""
         if self.side != self.image_size:
             images = resized(images, self.side)
         x = ((images + 1) / 2 - self.mean) / self.std  # what the model was trained on
@@ -124,7 +120,7 @@ class TimmTrunk(Trunk):
         tokens = self.model.forward_features(x)  # (B,prefix+N,features) or (B,features,h,h)
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
-        return tokens[:, self.prefix :]
+        return self.out(tokens[:, self.prefix :])  # (B,N,D)
 
 
 def created(name: str, pretrained: bool, side: int) -> Any:

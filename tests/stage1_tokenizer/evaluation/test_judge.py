@@ -10,8 +10,6 @@ from stage1_tokenizer.evaluation.judge import FEATURES, CaptionJudge, fit_judge,
 from stage1_tokenizer.export import save_module
 from stage1_tokenizer.text.vocabulary import CaptionVocabulary
 from stage1_tokenizer.text.words import WordTower
-from stage1_tokenizer.variants.judged_trunk import JudgedTrunk
-from tests.tiny import pictures
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow", "brown", "grey")
 THINGS = ("dog", "cat", "boat", "ball", "tree", "horse", "bird", "child")
@@ -70,43 +68,6 @@ def test_an_export_is_the_same_judge(pairs: tuple[torch.Tensor, list[list[str]]]
     assert torch.equal(loaded(features), judge(features))
     assert loaded.ask(features, [c[0] for c in captions]) == judge.ask(features, [c[0] for c in captions])
     torch.testing.assert_close(loaded(features).norm(dim=1), torch.ones(64))
-
-
-def test_a_tokenizer_starts_from_the_words_and_the_map_of_a_judge(
-    pairs: tuple[torch.Tensor, list[list[str]]], tmp_path: Path
-) -> None:
-    features, captions = pairs
-    judge = untrained()
-    fit_judge(judge, features, captions, steps=2, seed=0)
-    save_module(judge, tmp_path)
-    torch.manual_seed(1)
-    tower = WordTower(CaptionVocabulary(64, 12), 32, 16, judge=str(tmp_path), frozen=True).eval()
-    assert tower.fit_vocabulary(["words that nobody has seen"]) == 0, "rows are the judge's"
-    ids = judge.tower.vocabulary.encode(captions[5])[0]
-    assert torch.equal(tower.vocabulary.encode(captions[5])[0], ids) and torch.equal(tower(ids), judge.tower(ids))
-    assert not any(p.requires_grad for p in tower.parameters()) and "judge" not in tower.spec["init_args"]
-    with pytest.raises(ValueError, match="the words are frozen and random; set judge to"):
-        WordTower(CaptionVocabulary(64, 12), frozen=True).check_weights()
-    trunk = JudgedTrunk(32, side=64, width=24, embed_dim=16, judge=str(tmp_path)).eval()
-    images = pictures(2, 32)
-    with torch.no_grad():
-        patches = trunk.features(images)  # (2,4,1280)
-        found = trunk(images)
-        torch.testing.assert_close(found[:, :4], trunk.out(patches))
-        torch.testing.assert_close(found[:, 4], trunk.word(4 * judge(patches.mean(1))))
-    assert found.shape == (2, trunk.num_patches, 24)
-    assert {n.split(".")[0] for n, p in trunk.named_parameters() if p.requires_grad} == {"out", "word"}
-    assert trunk.spec["init_args"].get("judge") is trunk.spec["init_args"]["checkpoint"] is None
-    with pytest.raises(ValueError, match=r"has \(16, 1280\) where project.weight of \(8, 1280\) is wanted"):
-        JudgedTrunk(32, side=64, width=24, embed_dim=8, judge=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="nowhere.*does not exist; wanted a judge's folder"):
-        WordTower(CaptionVocabulary(64, 12), judge="nowhere")
-
-
-def test_a_report_refuses_a_judge_of_pictures_of_another_size(tmp_path: Path) -> None:
-    save_module(CaptionJudge(WordTower(CaptionVocabulary(64, 12), 32, 16), side=128), tmp_path)
-    with pytest.raises(ValueError, match="features of 128 pixels, wanted 224; train a judge without --side"):
-        load_judge(tmp_path)
 
 
 def test_the_command_says_what_the_judge_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
