@@ -2,11 +2,11 @@
 
 A causal prior of 100 million parameters with the head of MAR-B (6 blocks of 1,024), 32 latents of 16 floats, batch 8,
 guided: that head's time tabulated and its condition in every block, or added once, or added once with half the blocks
-(and two more in the transformer, so that the prior stays at 100 million), midpoint x 4 (8 evaluations) and
-Adams-Bashforth x 4 (4 evaluations), against 100 ancestral steps with full adaLN. The slow one is timed on lines of 1
-and of `--latents` latents: each further latent costs what the difference says. CPU time of the process is printed
-beside wall time, because a shared machine stretches only the latter. Weights are held in the format of the products
-(`Prior.hold`) for all. Head FLOPs are counted.
+(and two more in the transformer, so that the prior stays at 100 million), midpoint x 4 (8 evaluations) and Adams-
+Bashforth x 4 (4 evaluations), the last ones also with late latents in sets, against 100 ancestral steps with full
+adaLN. The slow one is timed on lines of 1 and of `--latents` latents: each further latent costs what the difference
+says. CPU time of the process is printed beside wall time, because a shared machine stretches only the latter. Weights
+are held in the format of the products (`Prior.hold`) for all. Head FLOPs are counted.
 """
 
 import argparse
@@ -24,17 +24,21 @@ from stage2_prior.heads.diffusion import DiffusionHead
 from stage2_prior.heads.flow import FlowHead
 from stage2_prior.heads.nets import AdaLNNet, AddedConditionNet, HoistedNet
 from stage2_prior.heads.solvers import AdamsBashforth, Midpoint
+from stage2_prior.orders import SetOrder
 from stage2_prior.prior import CausalPrior
 
 CAPTION = "a small red circle above a large blue star on a white background"
 CHANNELS, LATENTS, WIDTH, HEAD_WIDTH, HEAD_DEPTH = 16, 32, 768, 1024, 6
 
 
-def make_prior(head: Head, latents: int, depth: int) -> CausalPrior:
+SETS = [1, 1, 2, 4, 8, 16]  # of the 32 latents, the last row: late ones are drawn together
+
+
+def make_prior(head: Head, latents: int, depth: int, sets: bool = False) -> CausalPrior:
     vocabulary = CaptionVocabulary(rows=64, context_length=24)
     vocabulary.fit([CAPTION])
     backbone = RotaryBackbone(WIDTH, depth, heads=12, max_tokens=24 + LATENTS)
-    return CausalPrior(latents, CHANNELS, vocabulary, backbone, head).eval()
+    return CausalPrior(latents, CHANNELS, vocabulary, backbone, head, order=SetOrder(SETS) if sets else None).eval()
 
 
 @torch.inference_mode()
@@ -50,9 +54,9 @@ def timed(prior: CausalPrior, batch: int) -> tuple[float, float]:
     return min(found)
 
 
-def seconds_per_image(head: Head, latents: int, depth: int, batch: int) -> tuple[float, float]:
+def seconds_per_image(head: Head, latents: int, depth: int, batch: int, sets: bool) -> tuple[float, float]:
     """(wall, CPU) seconds per picture of LATENTS latents, from a line of `latents` and, if that is shorter, of one."""
-    wall, cpu = timed(make_prior(head, latents, depth), batch)
+    wall, cpu = timed(make_prior(head, latents, depth, sets), batch)
     if latents < LATENTS:
         wall_one, cpu_one = timed(make_prior(head, 1, depth), batch)
         wall, cpu = (a + (LATENTS - 1) * (b - a) / (latents - 1) for a, b in ((wall_one, wall), (cpu_one, cpu)))
@@ -92,17 +96,19 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         depth = options.depth + (2 if blocks < HEAD_DEPTH else 0)
         for solver in (Midpoint(4), AdamsBashforth(4)):
-            light = FlowHead(net_class(**net | {"depth": blocks}), solver=solver)
-            heads[f"flow, {name}, {type(solver).__name__} x 4"] = (light, LATENTS, depth)
+            for late in ("", ", in sets") if blocks < HEAD_DEPTH else ("",):
+                light = FlowHead(net_class(**net | {"depth": blocks}), solver=solver)
+                heads[f"flow, {name}, {type(solver).__name__} x 4{late}"] = (light, LATENTS, depth)
     rows = {}
     for name, (head, latents, depth) in heads.items():
         millions = sum(p.numel() for p in make_prior(head, LATENTS, depth).parameters()) / 1e6
-        wall, cpu = seconds_per_image(head, latents, depth, options.batch)
-        rows[name] = (wall, cpu, head_flops(head) * LATENTS / 1e9)
+        products = head_flops(head) * LATENTS / 1e9
+        wall, cpu = seconds_per_image(head, latents, depth, options.batch, name.endswith("in sets"))
+        rows[name] = (wall, cpu, products)
         cost = f"{wall:8.3f} s/image wall {cpu:8.3f} s CPU   head {rows[name][2]:7.2f} GFLOP"
         ratios = [f"{a / b:.1f}" for a, b in zip(rows[slow], rows[name], strict=True)]
         of_slow = f"slow/this: wall {ratios[0]}, CPU {ratios[1]}, FLOPs {ratios[2]}"
-        print(f"{name:48s}{millions:5.0f} M {cost}   {of_slow}", flush=True)
+        print(f"{name:58s}{millions:5.0f} M {cost}   {of_slow}", flush=True)
 
 
 if __name__ == "__main__":
