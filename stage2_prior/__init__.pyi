@@ -74,3 +74,4 @@ from .variants.masked import (
 from .variants.noise_extended import NoiseExtendedPrior as NoiseExtendedPrior
 from .variants.patches import PatchLatents as PatchLatents
 from .variants.pyramid import PyramidLatents as PyramidLatents
+from .variants.released_titok import ReleasedTiTok as ReleasedTiTok

@@ -2,7 +2,7 @@
 
     python -m stage2_prior fit|validate|test|predict --config configs/stage2/NAME.yaml
     python -m stage2_prior play --run_dir runs/demo
-    python -m stage2_prior compare|sweep|probe|showcase|patches|pyramid|frequencies|autoencoder|amed --help
+    python -m stage2_prior compare|sweep|probe|showcase|patches|pyramid|frequencies|autoencoder|titok|amed --help
 
 The first four are Lightning's; the others read finished runs or data, and load no config.
 """
@@ -32,6 +32,7 @@ OTHERS = {  # command -> its module, what it does
     "pyramid": ("stage2_prior.variants.pyramid", "a pyramid of scales as a line of latents"),
     "frequencies": ("stage2_prior.variants.frequencies", "frequencies, lowest first, as a line of latents"),
     "autoencoder": ("stage2_prior.variants.autoencoder", "a pretrained KL autoencoder's grid as a line of latents"),
+    "titok": ("stage2_prior.variants.released_titok", "a released TiTok's or TA-TiTok's latents"),
     "amed": ("stage2_prior.heads.amed", "distil a solver of few evaluations for a trained prior"),
 }
 

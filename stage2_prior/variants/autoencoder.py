@@ -12,7 +12,6 @@ Letters: B batch, K = h w cells, C = c p^2 channels of p x p cells, S side of th
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stage2_prior.latent_space import PriorError
-from stage2_prior.variants.fixed_latents import FixedLatents, arguments, run
+from stage2_prior.variants.fixed_latents import FixedLatents, arguments, run, with_weights
 
 KIND = "AutoencoderKL"
 
@@ -78,10 +77,7 @@ class AutoencoderLatents(FixedLatents):
     @property
     def fingerprint(self) -> str:
         """Statistics and weights."""
-        digest = hashlib.sha256(super().fingerprint.encode())
-        for _, tensor in sorted(self.autoencoder.state_dict().items()):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return with_weights(super().fingerprint, self.autoencoder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The counterpart of a learned tokenizer with the same contract (`encode`, `decode`, statistics, identity), so that every
 prior, head and order can be asked what learning the latents is worth. Members: raw patches (`patches`), a pyramid of
-scales (`pyramid`), frequencies (`frequencies`), released latents (`autoencoder`). A prefix decodes with the missing
+scales (`pyramid`), frequencies (`frequencies`), released latents (`autoencoder`, `titok`). A prefix decodes with the missing
 latents at their mean.
 
     python -m stage2_prior patches --run_dir runs/patches --data runs/demo/data --image_size 32 --patch_size 8
@@ -107,6 +107,14 @@ class FixedLatents(Spec, nn.Module):
         for tensor in (self.latent_mean, self.latent_scale):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def with_weights(fingerprint: str, module: nn.Module) -> str:
+    """Identity of a latent space that weights belong to: a hash of `fingerprint` and the state of `module`."""
+    digest = hashlib.sha256(fingerprint.encode())
+    for _, tensor in sorted(module.state_dict().items()):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def arguments(word: str, about: str) -> argparse.ArgumentParser:
