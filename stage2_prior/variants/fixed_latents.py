@@ -2,8 +2,8 @@
 
 The counterpart of a learned tokenizer with the same contract (`encode`, `decode`, statistics, identity), so that every
 prior, head and order can be asked what learning the latents is worth. Members: raw patches (`patches`), a pyramid of
-scales (`pyramid`), frequencies (`frequencies`), released latents (`autoencoder`, `titok`). A prefix decodes with the missing
-latents at their mean.
+scales (`pyramid`), frequencies (`frequencies`), released latents (`autoencoder`, `titok`). A prefix decodes with the
+missing latents at their mean.
 
     python -m stage2_prior patches --run_dir runs/patches --data runs/demo/data --image_size 32 --patch_size 8
 

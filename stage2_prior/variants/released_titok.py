@@ -204,8 +204,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind = {"quantize_mode": model.get("quantize_mode", "vq"), "is_legacy": model.get("is_legacy", True)}
     if kind != {"quantize_mode": "vae", "is_legacy": False} or model["vit_dec_patch_size"] != config["patch_size"]:
         raise PriorError(
-            f"{folder} holds a TiTok of quantize_mode {kind['quantize_mode']}, wanted one with a KL bottleneck and pixel"
-            " decoder (vae, is_legacy false, one patch size), such as titok_bl128_vae_c16 or tatitok_bl32_vae."
+            f"{folder} holds a TiTok of quantize_mode {kind['quantize_mode']}, wanted one with a KL bottleneck and a"
+            " pixel decoder (vae, is_legacy false, one patch size), such as titok_bl128_vae_c16 or tatitok_bl32_vae."
         )
     if not file.is_file():
         raise PriorError(f"no {file.name} in {folder}; other files of weights are not read, since they can run code.")

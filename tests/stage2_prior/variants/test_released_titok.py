@@ -126,7 +126,8 @@ def test_numbers_are_those_of_the_published_network(text: bool, tmp_path: Path) 
     x = published(w, "decoder", x)[1 : 1 + N]
     x = x @ w["decoder.ffn.0.weight"].flatten(1).T + w["decoder.ffn.0.bias"]
     side = SIZE // PATCH
-    grid = x.reshape(side, side, PATCH, PATCH, 3).permute(4, 0, 2, 1, 3).reshape(1, 3, SIZE, SIZE)  # (row, column, colour)
+    # a patch is laid out as rows, columns, colours
+    grid = x.reshape(side, side, PATCH, PATCH, 3).permute(4, 0, 2, 1, 3).reshape(1, 3, SIZE, SIZE)
     wanted = F.conv2d(grid, w["decoder.conv_out.weight"], w["decoder.conv_out.bias"], padding=1)[0] * 2 - 1
     torch.testing.assert_close(space.join(mean)[1], wanted, rtol=1e-4, atol=1e-4)
 
