@@ -16,6 +16,7 @@ Letters: B batch, K latents, C channels, N patches, D width, L tokens of text, S
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,8 +88,8 @@ class ReleasedTiTok(FixedLatents):
             raise PriorError(f"got pictures of {image_size} for a TiTok of {size}; set image_size to {size}.")
         super().__init__(size, k, c, f"titok {size} {k} {c}")
         self.spec["init_args"]["config"] = self.config
-        self.encoder = Transformer(*self.config["encoder"], (size // p) ** 2, k)
-        self.decoder = Transformer(*self.config["decoder"], (size // p) ** 2, k)
+        self.encoder = Transformer(self.config["encoder"], (size // p) ** 2, k)
+        self.decoder = Transformer(self.config["decoder"], (size // p) ** 2, k)
         width = self.decoder.width
         self.patches = nn.Conv2d(3, self.encoder.width, p, stride=p)
         self.queries = nn.Parameter(torch.zeros(k, self.encoder.width))
@@ -149,10 +150,12 @@ class Transformer(nn.Module):
     """TiTok's vision transformer: everything sees everything, pre-norm blocks between two norms.
 
     forward(grid (B,N,D), latents (B,K,D), text (L,D) or None) -> what became of [grid, latents] (B,N+K,D).
+    size: width, depth and heads.
     """
 
-    def __init__(self, width: int, depth: int, heads: int, num_patches: int, num_latents: int):
+    def __init__(self, size: Sequence[int], num_patches: int, num_latents: int):
         super().__init__()
+        width, depth, heads = size
         self.width = width
         self.class_embedding = nn.Parameter(torch.zeros(1, width))
         self.positional_embedding = nn.Parameter(torch.zeros(num_patches + 1, width))
