@@ -41,7 +41,7 @@ def child() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print medians, and ratios to the first way."""
+    """Print medians, ratios to the first way, and what the neighbour costs each."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks.bench_threads", description=__doc__.split("\n")[0]
     )
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     running = {name: subprocess.Popen(command, env=os.environ | way, **pipes) for name, way in WAYS.items()}  # type: ignore[call-overload]
     for process in running.values():
         process.stdout.readline()
+    alone: dict[str, float] = {}
     for busy in (False, True):
         neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
         taken: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -71,7 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
         first = taken[next(iter(WAYS))]
         for name, times in taken.items():
             ratio = statistics.median(a / b for a, b in zip(times, first, strict=True))
-            print(f"  {name:30} {1e3 * statistics.median(times):6.0f} ms a step, ratio {ratio:.2f}", flush=True)
+            middle = statistics.median(times)
+            slower = f", {middle / alone[name]:.2f} times its time alone" if busy else ""
+            alone.setdefault(name, middle)
+            print(f"  {name:30} {1e3 * middle:6.0f} ms a step, ratio {ratio:.2f}{slower}", flush=True)
     for process in running.values():
         process.stdin.close()
         process.wait()
