@@ -78,6 +78,7 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
         "model.tokenizer_dir": made / "tokenizer",
         "trainer.max_steps": 2,
         "trainer.limit_val_batches": 0,
+        "live.every_n_steps": 0,
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
     }
@@ -89,6 +90,8 @@ def test_prior_takes_two_steps(overlay: Path | None, run: Path, tmp_path: Path) 
     assert (prior.num_latents, prior.latent_dim) == size
     text = prior.encode_text(["a photo of a cat"])
     assert prior.losses(torch.randn(1, prior.num_latents, prior.latent_dim), text).isfinite().all()
+    drawn = prior.sample(["a photo of a cat"])
+    assert drawn.shape == (1, *size) and drawn.isfinite().all()
     wanted = changes.get("model", {}).get("prior", {})
     assert wanted.get("class_path", prior.spec["class_path"]) == prior.spec["class_path"]
     assert subset(wanted.get("init_args", {}), prior.spec["init_args"])  # the overlay arrived
