@@ -70,7 +70,8 @@ def report_words(stage: str, run: Path, data: Path, world: int) -> list[str]:
     own = ["--trainer.accelerator=cpu", f"--trainer.devices={world}", "--trainer.enable_progress_bar=false"]
     own += [f"--run_dir={run}", f"--data.data_dir={data if stage == 'stage1' else run / 'latents'}"]
     if stage == "stage2":
-        report = ["batch_size=4", "guidances=[1.0]", "nll_lines=2", f"images_dir={data}"]
+        report = ["batch_size=4", "guidances=[1.0]", "num_captions=8", "nll_lines=2", "classify_lines=2"]
+        report += [f"images_dir={data}"]
         own += [f"--model.report.init_args.{option}" for option in report]
     else:
         own += ["--data.val_batch_size=4"]
