@@ -117,10 +117,10 @@ def words_of(stage: str, run: Path, data: Path, world: int, *more: str) -> list[
     """Options of the demo's configs for a few steps of 12 samples on `world` ranks."""
     own = ["accelerator=cpu", f"devices={world}", "enable_progress_bar=false", "use_distributed_sampler=false"]
     own += ["val_check_interval=1000000", "limit_val_batches=1.0"]
-    more = ("--live.every_n_steps=0", *more)
     read = [f"batch_size={12 // world}", "drop_last=true", "val_batch_size=8"]
     read += [f"data_dir={data if stage == 'stage1' else run / 'latents'}"]
-    words = [f"--trainer.{word}" for word in own] + [f"--data.{word}" for word in read] + ["--ema.decay=0.5", *more]
+    words = [f"--trainer.{word}" for word in own] + [f"--data.{word}" for word in read]
+    words += ["--ema.decay=0.5", "--live.every_n_steps=0", *more]
     if stage == "stage1":
         words = ["--model.passes.statistics_images=48", *words]
     return [f"--config={CONFIGS / stage / 'demo.yaml'}", f"--run_dir={run}", *words]

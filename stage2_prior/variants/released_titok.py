@@ -26,11 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stage1_tokenizer.agreement import is_count
 from stage1_tokenizer.text.towers import OpenClipTower, WholeVocabulary, token_features
 from stage2_prior.latent_space import PriorError
 from stage2_prior.variants.fixed_latents import FixedLatents, arguments, run, with_weights
 
 SIZES = {"small": [512, 8, 8], "base": [768, 12, 12], "large": [1024, 24, 16]}  # width, depth, heads
+COUNTS = ("image_size", "num_latents", "latent_dim", "patch_size")
 TEXT_MODEL = "ViT-L-14-336-quickgelu"  # text-aware decoders were trained with its tokens
 RENAMED = (  # what a name in the released files begins with or contains, and what it is here
     ("latent_tokens", "queries"),
@@ -64,7 +66,7 @@ class ReleasedTiTok(FixedLatents):
 
     Raises:
         PriorError: a folder of another kind of model or without safetensors, weights that do not fit, another size, a
-            text-aware model without `clip`.
+            text-aware model without `clip`. FileNotFoundError: no file at `clip`.
     """
 
     unrecorded: ClassVar[dict[str, Any]] = {"folder": None, "clip": None}
@@ -83,7 +85,7 @@ class ReleasedTiTok(FixedLatents):
         if folder is not None:
             config, weights = read_folder(Path(folder))
         self.config = dict(config or {})
-        size, k, c, p = (self.config[name] for name in ("image_size", "num_latents", "latent_dim", "patch_size"))
+        size, k, c, p = (self.config[name] for name in COUNTS)
         if image_size != size:
             raise PriorError(f"got pictures of {image_size} for a TiTok of {size}; set image_size to {size}.")
         super().__init__(size, k, c, f"titok {size} {k} {c}")
@@ -202,10 +204,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "encoder": SIZES[model["vit_enc_model_size"]],
             "decoder": SIZES[model["vit_dec_model_size"]],
         }
+        patches_agree = model["vit_dec_patch_size"] == config["patch_size"]
+        if not all(is_count(config[name]) and config[name] > 0 for name in COUNTS):
+            raise ValueError(f"{', '.join(COUNTS)} are to be whole numbers")
     except (ValueError, LookupError, TypeError) as error:
         raise PriorError(f"{path} is not that of a TiTok ({error!r:.100}); download it again.") from None
     kind = {"quantize_mode": model.get("quantize_mode", "vq"), "is_legacy": model.get("is_legacy", True)}
-    if kind != {"quantize_mode": "vae", "is_legacy": False} or model["vit_dec_patch_size"] != config["patch_size"]:
+    if kind != {"quantize_mode": "vae", "is_legacy": False} or not patches_agree:
         raise PriorError(
             f"{folder} holds a TiTok of quantize_mode {kind['quantize_mode']}, wanted one with a KL bottleneck and a"
             " pixel decoder (vae, is_legacy false, one patch size), such as titok_bl128_vae_c16 or tatitok_bl32_vae."

@@ -173,6 +173,14 @@ def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
             (tmp_path / name / "config.json").write_text(content)
         with pytest.raises(PriorError, match=message):
             ReleasedTiTok(SIZE, str(tmp_path / name))
+    for absurd in ({"vit_enc_patch_size": 0}, {"num_latent_tokens": "many"}, {"vit_enc_model_size": "huge"}):
+        with pytest.raises(PriorError, match="not that of a TiTok"):
+            ReleasedTiTok(SIZE, str(release(tmp_path, **absurd)))
+    found = json.loads((release(tmp_path) / "config.json").read_text())
+    del found["model"]["vq_model"]["vit_dec_patch_size"]
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(PriorError, match="not that of a TiTok"):
+        ReleasedTiTok(SIZE, str(tmp_path))
     for changed in ({"quantize_mode": "vq"}, {"is_legacy": True}, {"vit_dec_patch_size": 8}):
         with pytest.raises(PriorError, match="wanted one with a KL bottleneck"):
             ReleasedTiTok(SIZE, str(release(tmp_path, **changed)))
